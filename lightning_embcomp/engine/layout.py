@@ -1,0 +1,155 @@
+"""Logical tables, and the row classes that can store their rows.
+
+A *code* says which columns of a logical row are stored; code 0 stores none. Codes of different tables that store the
+same columns share one *row class*, hence one FBGEMM table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightning_embcomp.kernels.types import ClassColumns
+
+ChunkLayout = Literal["prefix", "chunks"]
+Columns = tuple[tuple[int, int], ...]
+"""Stored columns as runs of (first column, number of columns)."""
+
+LANES = 4
+"""FBGEMM tables have widths that are a multiple of this."""
+_MAX_CODES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalTable:
+    """One embedding table as the user configured it, and how finely its rows may be cut.
+
+    Args:
+        name: Unique name within the engine.
+        rows: Logical rows R.
+        dim: Columns D.
+        chunks: Equal column chunks that a row is cut into; 1 keeps rows whole.
+        layout: ``prefix`` keeps leading chunks only, ``chunks`` any subset.
+
+    Raises:
+        ValueError: If ``dim`` does not split into chunks of a multiple of 4 columns, or the layout has too many codes.
+
+    Example:
+        >>> table = LogicalTable(name="user", rows=1000, dim=16, chunks=4)
+        >>> table.chunk_width, table.columns_of(2)
+        (4, ((0, 8),))
+    """
+
+    name: str
+    rows: int
+    dim: int
+    chunks: int = 1
+    layout: ChunkLayout = "prefix"
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"table {self.name!r} has {self.rows} rows; at least one is needed")
+        if self.chunks < 1 or self.dim % self.chunks or (self.dim // self.chunks) % LANES:
+            fitting = [k for k in range(1, self.dim + 1) if self.dim % k == 0 and (self.dim // k) % LANES == 0]
+            mend = (
+                f"use one of chunks={fitting}"
+                if fitting
+                else f"its dim must be a multiple of {LANES}: pad it, or leave the table out"
+            )
+            raise ValueError(
+                f"table {self.name!r} of dim {self.dim} cannot be cut into {self.chunks} chunks: FBGEMM needs chunk"
+                f" widths that are a multiple of {LANES}; {mend}"
+            )
+        if self.codes > _MAX_CODES:
+            raise ValueError(
+                f"layout {self.layout!r} with {self.chunks} chunks needs {self.codes} row codes for table {self.name!r};"
+                f" at most {_MAX_CODES} are supported: use fewer chunks"
+                + (" or layout 'prefix'" if self.layout == "chunks" else "")
+            )
+
+    @property
+    def chunk_width(self) -> int:
+        """Columns of a chunk."""
+        return self.dim // self.chunks
+
+    @property
+    def codes(self) -> int:
+        """Number of codes, code 0 included."""
+        return self.chunks + 1 if self.layout == "prefix" else 2**self.chunks
+
+    @property
+    def full_code(self) -> int:
+        """Code of a row that stores every column."""
+        return self.codes - 1
+
+    def live_chunks(self, code: int) -> tuple[int, ...]:
+        """Chunks that a row of ``code`` stores."""
+        if self.layout == "prefix":
+            return tuple(range(code))
+        return tuple(chunk for chunk in range(self.chunks) if code >> chunk & 1)
+
+    def columns_of(self, code: int) -> Columns:
+        """Columns that a row of ``code`` stores, neighbours merged."""
+        runs: list[tuple[int, int]] = []
+        for chunk in self.live_chunks(code):
+            first = chunk * self.chunk_width
+            if runs and sum(runs[-1]) == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + self.chunk_width)
+            else:
+                runs.append((first, self.chunk_width))
+        return tuple(runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMap:
+    """The row classes of an engine, narrowest first, and the class of every code of every table.
+
+    Args:
+        columns: Stored columns of each class.
+        class_of_code: Per table the class of each code; -1 for code 0.
+    """
+
+    columns: tuple[Columns, ...]
+    class_of_code: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tables: Sequence[LogicalTable]) -> ClassMap:
+        """Collect the classes of the given tables.
+
+        Example:
+            >>> wide = LogicalTable(name="a", rows=1, dim=8, chunks=2)
+            >>> flat = LogicalTable(name="b", rows=1, dim=8)
+            >>> ClassMap.of([wide, flat]).class_of_code
+            ((-1, 0, 1), (-1, 1))
+        """
+        needed = {table.columns_of(code) for table in tables for code in range(1, table.codes)}
+        columns = tuple(sorted(needed, key=lambda runs: (sum(length for _, length in runs), runs)))
+        index = {runs: i for i, runs in enumerate(columns)}
+        class_of_code = tuple(
+            tuple(-1 if code == 0 else index[table.columns_of(code)] for code in range(table.codes)) for table in tables
+        )
+        return cls(columns=columns, class_of_code=class_of_code)
+
+    def width(self, row_class: int) -> int:
+        """Stored columns of a class."""
+        return sum(length for _, length in self.columns[row_class])
+
+    def tensors(self, device: torch.device) -> ClassColumns:
+        """The same facts as the kernels read them."""
+        runs = [run for columns in self.columns for run in columns]
+        first = [0]
+        for columns in self.columns:
+            first.append(first[-1] + len(columns))
+
+        def as_tensor(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+        return ClassColumns(
+            width=as_tensor([self.width(c) for c in range(len(self.columns))]),
+            first_run=as_tensor(first),
+            column=as_tensor([column for column, _ in runs]),
+            length=as_tensor([length for _, length in runs]),
+        )

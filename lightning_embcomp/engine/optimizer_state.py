@@ -1,0 +1,72 @@
+"""Carry the state of the user's optimizers along when rows of a parameter move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_embcomp.engine.row_class import Storage, TrainedRows
+
+
+class UnmovableStateError(RuntimeError):
+    """An optimizer keeps state whose shape does not tell which row it belongs to."""
+
+
+def attach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Register the optimizer state of each class as companions, so that the next move takes it along.
+
+    A class that was empty so far has no state; it gets a copy of the structure of a sibling with zero rows, so that
+    rows which move in keep theirs.
+
+    Raises:
+        UnmovableStateError: If a state tensor is neither per weight, nor per row, nor a single number.
+    """
+    for optimizer in optimizers:
+        mine = [rows for rows in classes if any(rows.parameter is p for g in optimizer.param_groups for p in g["params"])]
+        template = next((rows for rows in mine if optimizer.state.get(rows.parameter)), None)
+        if template is None:
+            continue
+        for rows in mine:
+            if not optimizer.state.get(rows.parameter):
+                optimizer.state[rows.parameter] = {
+                    key: _empty_like(value, template, rows)
+                    for key, value in optimizer.state[template.parameter].items()
+                }
+            for key, value in optimizer.state[rows.parameter].items():
+                if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0:
+                    continue
+                if isinstance(value, Tensor):
+                    rows.companions[key] = Storage(value, rowwise=_is_rowwise(value, rows, key))
+
+
+def detach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Give the moved state back to the optimizers."""
+    for optimizer in optimizers:
+        for rows in classes:
+            state = optimizer.state.get(rows.parameter)
+            if state:
+                state.update({key: storage.tensor for key, storage in rows.companions.items() if key in state})
+    for rows in classes:
+        rows.companions = {}
+
+
+def _is_rowwise(value: Tensor, rows: TrainedRows, key: str) -> bool:
+    if value.shape == rows.parameter.shape:
+        return False
+    if value.shape == (rows.rows,):
+        return True
+    raise UnmovableStateError(
+        f"optimizer state {key!r} of shape {tuple(value.shape)} belongs to a table parameter of shape"
+        f" {tuple(rows.parameter.shape)}; only state per weight, per row or a single number can follow rows that move."
+        " Use another optimizer for the embedding tables, or leave them out of the callback"
+    )
+
+
+def _empty_like(value: object, template: TrainedRows, rows: TrainedRows) -> object:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value.clone() if isinstance(value, Tensor) else value
+    if value.shape == template.parameter.shape:
+        return value.new_zeros(rows.rows, rows.width)
+    return value.new_zeros(rows.rows)

@@ -1,0 +1,435 @@
+"""The routed embedding engine: logical tables in, ordinary FBGEMM tables behind, one padded pooled output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_embcomp.engine import state
+from lightning_embcomp.engine.layout import ClassMap, LogicalTable
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.engine.optimizer_state import attach, detach
+from lightning_embcomp.engine.pages import release_prefix
+from lightning_embcomp.engine.plan import FixedPlan, MoveSummary, RowPlan
+from lightning_embcomp.engine.router import Router, slabs
+from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
+from lightning_embcomp.engine.statistics import RowUtility
+from lightning_embcomp.kernels.assemble import assemble, disassemble
+from lightning_embcomp.kernels.relocate import move_rows
+from lightning_embcomp.kernels.route import IdOutOfRangeError, route
+from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedOptions:
+    """How rows are stored and trained.
+
+    Args:
+        optimizer: Optimizer fused into the backward pass; None leaves the rows to the user's own optimizer.
+        dtype: Weight dtype, float32 or float16.
+        device: Device of the tables.
+        sparse: Whether gradients for the user's own optimizer are sparse.
+    """
+
+    optimizer: FusedOptimizerSpec | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"row classes hold float32 or float16 weights, not {self.dtype}")
+
+
+class RoutedEmbeddings(nn.Module):
+    """Several logical tables behind one lookup with the call signature of FBGEMM's training tables.
+
+    ``forward(indices, offsets, per_sample_weights)`` takes the ids of all features, feature by feature, and returns
+    ``(B, ΣD)`` as if every logical row were stored in full; columns that a row does not store read as zero, and their
+    gradients are dropped. Tables start without storage: call :meth:`move` with a first plan.
+
+    Args:
+        tables: Logical tables.
+        feature_tables: Table index of each feature, in the order of the output; each table once by default.
+        mean: Whether each feature is pooled by MEAN instead of SUM.
+        options: Storage and optimizer.
+
+    Example:
+        >>> engine = RoutedEmbeddings([LogicalTable(name="t", rows=3, dim=8, chunks=2)])
+        >>> _ = engine.move(FixedPlan([1]))
+        >>> engine.load_rows(0, 0, torch.ones(3, 8))
+        >>> engine(torch.tensor([0, 2]), torch.tensor([0, 1, 2])).detach()[0]
+        tensor([1., 1., 1., 1., 0., 0., 0., 0.])
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[LogicalTable],
+        feature_tables: Sequence[int] | None = None,
+        mean: Sequence[bool] | None = None,
+        options: RoutedOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options or RoutedOptions()
+        self.tables = tuple(tables)
+        self.feature_tables = tuple(range(len(tables)) if feature_tables is None else feature_tables)
+        self.mean = tuple(mean) if mean is not None else (False,) * len(self.feature_tables)
+        if len(self.mean) != len(self.feature_tables):
+            raise ValueError(f"{len(self.feature_tables)} features but {len(self.mean)} pooling modes")
+        self.class_map = ClassMap.of(self.tables)
+        self.router = Router(self.tables, self.class_map, self.options.device)
+        self.columns = self.class_map.tensors(self.options.device)
+        self.classes: list[RowClass] = [
+            self._new_class(self.class_map.width(c)) for c in range(len(self.class_map.columns))
+        ]
+        for c, rows in enumerate(self.classes):
+            if isinstance(rows, TrainedRows):
+                self.register_parameter(f"class_{c}", rows.parameter)
+        self.table_rows = torch.zeros(len(self.tables), len(self.classes), dtype=torch.int64)
+        self.utility: RowUtility | None = None
+        self._layouts: dict[tuple[int, ...], BagLayout] = {}
+
+    def _new_class(self, width: int) -> RowClass:
+        options = self.options
+        if options.optimizer is not None:
+            return FusedRows(width, options.optimizer, options.dtype, options.device)
+        return TrainedRows(width, sparse=options.sparse, dtype=options.dtype, device=options.device)
+
+    @property
+    def output_dim(self) -> int:
+        """Columns of the pooled output."""
+        return sum(self.tables[t].dim for t in self.feature_tables)
+
+    def forward(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pool the rows of every bag.
+
+        Args:
+            indices: Logical ids, int32 or int64 ``(N,)``, feature by feature.
+            offsets: Bag boundaries, int32 or int64 ``(features · B + 1,)``.
+            per_sample_weights: Float ``(N,)``, or None.
+
+        Returns:
+            float32 tensor of shape ``(B, ΣD)`` over the features.
+
+        Raises:
+            IndexError: If an id is outside its table.
+            TypeError: If ids or offsets are not integers.
+        """
+        features = len(self.feature_tables)
+        if (offsets.numel() - 1) % features:
+            raise ValueError(f"{offsets.numel() - 1} bags cannot be split over {features} features")
+        return self._lookup(indices, offsets, per_sample_weights, self._pooled_layout((offsets.numel() - 1) // features))
+
+    def lookup_rows(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
+        """Look single rows up, unpooled; all features must have the same dim.
+
+        Args:
+            indices: Logical ids ``(N,)``, feature by feature.
+            ids_per_feature: How many of them belong to each feature.
+
+        Returns:
+            float32 tensor of shape ``(N, D)``.
+        """
+        offsets = torch.arange(indices.numel() + 1, device=indices.device)
+        return self._lookup(indices, offsets, None, self._sequence_layout(ids_per_feature))
+
+    def _lookup(self, indices: Tensor, offsets: Tensor, weights: Tensor | None, layout: BagLayout) -> Tensor:
+        for name, tensor in (("ids", indices), ("offsets", offsets)):
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+        try:
+            batch = route(indices, offsets, layout, self.router.tensors, len(self.classes))
+        except IdOutOfRangeError as error:
+            table = self.tables[self.feature_tables[error.feature]]
+            raise IndexError(
+                f"id {error.value} at position {error.position} of the batch is outside table {table.name!r} with"
+                f" {table.rows} rows; map unknown values to an out-of-vocabulary id first"
+            ) from error
+        training = self.training and torch.is_grad_enabled()
+        pooled = [self._class_lookup(c, batch, weights, training=training) for c in range(len(self.classes))]
+        observer = self.utility if training else None
+        call = _Call(self, batch, layout, indices, offsets, weights, observer)
+        # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
+        anchor = torch.zeros((), requires_grad=training)
+        out: Tensor = _Assemble.apply(call, anchor, *[rows for rows in pooled if rows is not None])
+        return out
+
+    def _class_lookup(self, c: int, batch: RoutedBatch, weights: Tensor | None, *, training: bool) -> Tensor | None:
+        first, last = batch.id_start[c], batch.id_start[c + 1]
+        if first == last:
+            return None
+        offsets = batch.offsets[batch.bag_start[c] + c : batch.bag_start[c + 1] + c + 1]
+        chosen = None if weights is None else weights.float()[batch.positions[first:last].long()]
+        return self.classes[c].lookup(batch.slots[first:last], offsets, chosen, training=training)
+
+    def _pooled_layout(self, batch_size: int) -> BagLayout:
+        key = (batch_size,)
+        if key not in self._layouts:
+            dims = [self.tables[t].dim for t in self.feature_tables]
+            columns = [sum(dims[:f]) for f in range(len(dims))]
+            bags = [f * batch_size for f in range(len(dims) + 1)]
+            self._layouts = {key: self._layout(bags, [0] * len(dims), columns, (batch_size, sum(dims)))}
+        return self._layouts[key]
+
+    def _sequence_layout(self, ids_per_feature: Sequence[int]) -> BagLayout:
+        bags = [sum(ids_per_feature[:f]) for f in range(len(ids_per_feature) + 1)]
+        dims = {self.tables[t].dim for t in self.feature_tables}
+        if len(dims) != 1:
+            raise ValueError(f"unpooled lookups need one dim for all tables, not {sorted(dims)}")
+        return self._layout(bags, bags[:-1], [0] * len(ids_per_feature), (bags[-1], dims.pop()))
+
+    def _layout(
+        self, bag_start: list[int], row_start: list[int], column: list[int], shape: tuple[int, int]
+    ) -> BagLayout:
+        def as_tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=self.options.device)
+
+        return BagLayout(
+            table=as_tensor(self.feature_tables),
+            bag_start=as_tensor(bag_start),
+            row_start=as_tensor(row_start),
+            column=as_tensor(column),
+            width=as_tensor([self.tables[t].dim for t in self.feature_tables]),
+            mean=as_tensor([int(mean) for mean in self.mean]),
+            shape=shape,
+        )
+
+    @torch.no_grad()
+    def move(self, plan: RowPlan, optimizers: Sequence[torch.optim.Optimizer] = ()) -> MoveSummary:
+        """Bring every row to the code that the plan gives it; columns new to a row start at zero.
+
+        Weights, fused optimizer state and the state of the user's optimizers follow their rows. Rows stream through in
+        order: beside the old and the new live bytes, of which the dead part is released on the way, only slabs exist.
+
+        Args:
+            plan: New codes.
+            optimizers: Optimizers whose state belongs to rows of this engine.
+
+        Returns:
+            How many rows changed.
+        """
+        trained = [rows for rows in self.classes if isinstance(rows, TrainedRows)]
+        attach(trained, optimizers)
+        counts, summary = self._count(plan)
+        class_rows = counts.sum(0).tolist()
+        self.router.check_sizes(class_rows)
+        before = [rows.storages() for rows in self.classes]
+        after = [rows.allocate(n) for rows, n in zip(self.classes, class_rows, strict=True)]
+        names = list(before[0])
+        next_slot = torch.zeros(len(self.classes), dtype=torch.int64)
+        plan.begin()
+        for t, table in enumerate(self.tables):
+            class_of_code = self.router.tensors.class_of_code[t]
+            for start, stop in slabs(table.rows):
+                old = self.router.read(t, start, stop)
+                codes = plan.codes(t, start, stop, old[0])
+                new = (codes, self.router.write(t, start, codes, next_slot))
+                for name in names:
+                    move_rows(
+                        old,
+                        new,
+                        class_of_code,
+                        self.columns,
+                        [_non_empty(storages, name) for storages in before],
+                        [_non_empty(storages, name) for storages in after],
+                        rowwise=before[0][name].rowwise,
+                    )
+                self._release(old, class_of_code, before)
+        for rows, n, storages in zip(self.classes, class_rows, after, strict=True):
+            rows.adopt(n, storages)
+        self.table_rows = counts
+        detach(trained, optimizers)
+        return summary
+
+    def _count(self, plan: RowPlan) -> tuple[Tensor, MoveSummary]:
+        """Read the plan once: rows per table and class, and what changes."""
+        counts = torch.zeros(len(self.tables), len(self.classes), dtype=torch.int64)
+        changed = grown = revived = dropped = 0
+        plan.begin()
+        for t, table in enumerate(self.tables):
+            live = torch.tensor([len(table.live_chunks(code)) for code in range(table.codes)])
+            for start, stop in slabs(table.rows):
+                current, _ = self.router.read(t, start, stop)
+                codes = plan.codes(t, start, stop, current)
+                pairs = torch.bincount(current.int() * table.codes + codes.int(), minlength=table.codes**2)
+                pairs = pairs.view(table.codes, table.codes)
+                for code in range(1, table.codes):
+                    counts[t, self.class_map.class_of_code[t][code]] += pairs[:, code].sum()
+                changed += int(pairs.sum() - pairs.diagonal().sum())
+                grown += int(pairs[live.unsqueeze(1) < live.unsqueeze(0)].sum())
+                revived += int(pairs[0, 1:].sum())
+                dropped += int(pairs[1:, 0].sum())
+        rows = sum(table.rows for table in self.tables)
+        return counts, MoveSummary(
+            changed_rows=changed, grown_rows=grown, revived_rows=revived, dropped_rows=dropped, rows=rows
+        )
+
+    def _release(self, old: tuple[Tensor, Tensor], class_of_code: Tensor, before: Sequence[dict[str, Any]]) -> None:
+        """Give back the pages of old storage that the rows of this slab were the last to need."""
+        codes, slots = old
+        for code in range(1, class_of_code.numel()):
+            row_class = int(class_of_code[code])
+            if row_class < 0:
+                continue
+            done = int(torch.where(codes == code, slots, -1).max()) + 1
+            if done == 0:
+                continue
+            for storage in before[row_class].values():
+                release_prefix(storage.tensor, done if storage.rowwise else done * storage.tensor.shape[1])
+
+    def track_utility(self, utility: RowUtility | None) -> None:
+        """Let training steps move these utilities."""
+        self.utility = utility
+
+    def class_span(self, table: int, row_class: int) -> tuple[int, int]:
+        """First slot and slot after the last of a table's rows in a class."""
+        first = int(self.table_rows[:table, row_class].sum())
+        return first, first + int(self.table_rows[table, row_class])
+
+    @torch.no_grad()
+    def load_rows(self, table: int, start: int, values: Tensor) -> None:
+        """Set consecutive logical rows from full-width values; columns without storage are ignored.
+
+        Args:
+            table: Table index.
+            start: First row, a multiple of 64.
+            values: ``(n, D)``.
+        """
+        codes, slots = self.router.read(table, start, start + values.shape[0])
+        for code in range(1, self.tables[table].codes):
+            mine = codes == code
+            if bool(mine.any()):
+                storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
+                kept = torch.cat([values[mine][:, first : first + n] for first, n in self.tables[table].columns_of(code)], 1)
+                storage[slots[mine].long()] = kept.to(storage.dtype)
+
+    @torch.no_grad()
+    def read_rows(self, table: int, start: int, stop: int) -> Tensor:
+        """Full-width values of consecutive logical rows; columns without storage are zero.
+
+        Args:
+            table: Table index.
+            start: First row, a multiple of 64.
+            stop: Row after the last.
+
+        Returns:
+            Tensor of shape ``(stop - start, D)`` in the dtype of the classes.
+        """
+        codes, slots = self.router.read(table, start, stop)
+        values = torch.zeros(stop - start, self.tables[table].dim, dtype=self.options.dtype, device=codes.device)
+        for code in range(1, self.tables[table].codes):
+            mine = (codes == code).nonzero().flatten()
+            if mine.numel() == 0:
+                continue
+            storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
+            rows, stored = storage[slots[mine].long()], 0
+            for first, n in self.tables[table].columns_of(code):
+                values[mine, first : first + n] = rows[:, stored : stored + n]
+                stored += n
+        return values
+
+    @torch.no_grad()
+    def initialise(self, table: int, init: Callable[[Tensor], Any]) -> None:
+        """Fill the live weights of a table, class by class, with an in-place initialiser that ignores shape."""
+        for c, rows in enumerate(self.classes):
+            first, last = self.class_span(table, c)
+            if last > first:
+                init(rows.storages()[WEIGHT].tensor[first:last])
+
+    @torch.no_grad()
+    def clear_row_state(self) -> None:
+        """Zero the fused optimizer state of all rows."""
+        for rows in self.classes:
+            for name, storage in rows.storages().items():
+                if name != WEIGHT:
+                    storage.tensor.zero_()
+
+    # FBGEMM's own names, so that callers written for its training tables find what they expect.
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        """Weights of the row classes, ``(rows, width)`` each."""
+        return [rows.storages()[WEIGHT].tensor for rows in self.classes]
+
+    def get_optimizer_state(self) -> list[dict[str, Tensor]]:
+        """Fused optimizer state of the row classes."""
+        return [
+            {name: storage.tensor for name, storage in rows.storages().items() if name != WEIGHT}
+            for rows in self.classes
+        ]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the fused optimizer.
+
+        Raises:
+            RuntimeError: If the rows are trained by the user's own optimizer.
+        """
+        for rows in self.classes:
+            if not isinstance(rows, FusedRows):
+                raise RuntimeError("these tables are trained by an optimizer of configure_optimizers: set the rate there")
+            rows.set_learning_rate(learning_rate)
+
+    def flush(self) -> None:
+        """Nothing is cached outside the tables."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        state.save(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state.load(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        """Tables and optimizer."""
+        optimizer = self.options.optimizer.kind if self.options.optimizer else "configure_optimizers"
+        return ", ".join([*(f"{t.name}: {t.rows}×{t.dim}/{t.chunks}" for t in self.tables), f"optimizer={optimizer}"])
+
+
+def _non_empty(storages: dict[str, Any], name: str) -> Tensor | None:
+    tensor: Tensor = storages[name].tensor
+    return tensor if tensor.numel() else None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the backward pass of one lookup needs to know."""
+
+    engine: RoutedEmbeddings
+    batch: RoutedBatch
+    layout: BagLayout
+    indices: Tensor
+    offsets: Tensor
+    weights: Tensor | None
+    utility: RowUtility | None
+
+
+class _Assemble(torch.autograd.Function):
+    """Zero-padded sum of the class outputs; the backward pass also feeds the row utilities."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, anchor: Tensor, *pooled: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.call = call
+        given = iter(pooled)
+        starts = call.batch.id_start
+        aligned = [next(given) if last > first else None for first, last in zip(starts, starts[1:], strict=False)]
+        return assemble(aligned, call.offsets, call.batch, call.layout, call.engine.columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
+        call: _Call = ctx.call
+        grad = grads[0]
+        if call.utility is not None:
+            call.utility.observe(grad, call.indices, call.offsets, call.layout, call.weights)
+        parts = disassemble(grad, call.offsets, call.batch, call.layout, call.engine.columns)
+        return (None, None, *[part for part in parts if part is not None])

@@ -1,0 +1,200 @@
+"""Storage and lookup of one row class: an ordinary FBGEMM table, or a parameter that the user's optimizer drives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    BoundsCheckMode,
+    ComputeDevice,
+    EmbeddingLocation,
+    PoolingMode,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One tensor of a row class.
+
+    Args:
+        tensor: ``(rows, width)``, or ``(rows,)`` if ``rowwise``.
+        rowwise: Whether it holds one number per row.
+    """
+
+    tensor: Tensor
+    rowwise: bool
+
+
+class RowClass(Protocol):
+    """What the engine needs from a row class."""
+
+    width: int
+    rows: int
+
+    def storages(self) -> dict[str, Storage]:
+        """Tensors of the class, weights first; all of them follow a row when it moves."""
+
+    def allocate(self, rows: int) -> dict[str, Storage]:
+        """Uninitialised tensors for another number of rows."""
+
+    def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
+        """Take over tensors that :meth:`allocate` made, and let the old ones go."""
+
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
+        """Sum the rows of each bag into float32 ``(bags, width)``."""
+
+
+class FusedRows:
+    """Rows in an FBGEMM training table; the optimizer runs inside its backward pass.
+
+    Args:
+        width: Columns of the class.
+        optimizer: The fused optimizer.
+        dtype: Weight dtype, float32 or float16.
+        device: Device of the table.
+    """
+
+    def __init__(self, width: int, optimizer: FusedOptimizerSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = width
+        self.rows = 0
+        self.optimizer = optimizer
+        self.dtype = dtype
+        self.device = device
+        self.learning_rate = float(optimizer.options.get("learning_rate", 0.01))
+        self.step = 0
+        self._table: SplitTableBatchedEmbeddingBagsCodegen | None = None
+        self._storages = self.allocate(0)
+
+    def storages(self) -> dict[str, Storage]:
+        """Weights and optimizer state of the class."""
+        return dict(self._storages)
+
+    def allocate(self, rows: int) -> dict[str, Storage]:
+        """Uninitialised weights and optimizer state for ``rows`` rows."""
+        storages = {WEIGHT: Storage(torch.empty(rows, self.width, dtype=self.dtype, device=self.device), rowwise=False)}
+        if self.optimizer.kind == "rowwise_adagrad":
+            storages["momentum1"] = Storage(torch.empty(rows, device=self.device), rowwise=True)
+        elif self.optimizer.kind == "adagrad":
+            storages["momentum1"] = Storage(torch.empty(rows, self.width, device=self.device), rowwise=False)
+        return storages
+
+    def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
+        """Build the FBGEMM table over the given tensors."""
+        self._storages = dict(storages)
+        self.rows = rows
+        self._table = None
+        if rows == 0:
+            return
+        options = {**self.optimizer.options, "learning_rate": self.learning_rate}
+        self._table = SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, self.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            optimizer=self.optimizer.fbgemm,
+            pooling_mode=PoolingMode.SUM,
+            weights_precision=SparseType.FP16 if self.dtype == torch.float16 else SparseType.FP32,
+            device=self.device,
+            bounds_check_mode=BoundsCheckMode.NONE,  # the router hands out valid slots only
+            preallocated_host_buffers={
+                ("weights" if name == WEIGHT else name): storage.tensor.view(-1) for name, storage in storages.items()
+            },
+            **options,
+        )
+        self._set_step(self.step)
+
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
+        """Pooled lookup; FBGEMM counts forward passes, which evaluation must not move."""
+        table = self._table
+        assert table is not None, "an empty class has no slots to look up"
+        pooled = table(slots, offsets, per_sample_weights=weights)
+        if training:
+            self.step += 1
+        else:
+            self._set_step(self.step)
+        return pooled
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the next backward pass."""
+        self.learning_rate = learning_rate
+        if self._table is not None:
+            self._table.set_learning_rate(learning_rate)
+
+    def restore_step(self, step: int) -> None:
+        """Continue counting optimizer steps from a saved number."""
+        self.step = step
+        self._set_step(step)
+
+    def _set_step(self, step: int) -> None:
+        table = self._table
+        if table is None:
+            return
+        for name in ("iter", "iter_cpu"):
+            counter = getattr(table, name, None)
+            if counter is not None:
+                counter.fill_(step)
+
+
+class TrainedRows:
+    """Rows in a parameter with ordinary gradients; an optimizer of ``configure_optimizers`` updates them.
+
+    The parameter object stays the same when rows move, so the optimizer keeps its handle; its state moves along
+    through ``companions``.
+
+    Args:
+        width: Columns of the class.
+        sparse: Whether gradients are sparse, as in ``nn.EmbeddingBag(sparse=True)``.
+        dtype: Weight dtype.
+        device: Device of the parameter.
+    """
+
+    def __init__(self, width: int, *, sparse: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = width
+        self.sparse = sparse
+        self.parameter = nn.Parameter(torch.empty(0, width, dtype=dtype, device=device))
+        self.companions: dict[str, Storage] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the class."""
+        return self.parameter.shape[0]
+
+    def storages(self) -> dict[str, Storage]:
+        """The parameter, and the optimizer state that is to move with it."""
+        return {WEIGHT: Storage(self.parameter.data, rowwise=False), **self.companions}
+
+    def allocate(self, rows: int) -> dict[str, Storage]:
+        """Uninitialised tensors for ``rows`` rows."""
+        return {
+            name: Storage(
+                storage.tensor.new_empty(rows if storage.rowwise else (rows, self.width)), rowwise=storage.rowwise
+            )
+            for name, storage in self.storages().items()
+        }
+
+    def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
+        """Put the tensors behind the parameter; gradients of the old rows are dropped."""
+        self.parameter.grad = None
+        self.parameter.data = storages[WEIGHT].tensor
+        self.companions = {name: storage for name, storage in storages.items() if name != WEIGHT}
+
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
+        """Pooled lookup with autograd."""
+        dtype = self.parameter.dtype
+        return F.embedding_bag(
+            slots,
+            self.parameter,
+            offsets,
+            mode="sum",
+            sparse=self.sparse,
+            include_last_offset=True,
+            per_sample_weights=None if weights is None else weights.to(dtype),
+        ).float()

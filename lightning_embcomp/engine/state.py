@@ -1,0 +1,146 @@
+"""Save and restore an engine, table by table, so that a checkpoint can be read without the module.
+
+Keys under the engine's prefix, for table ``T`` and code ``k``:
+
+* ``tables.T.shape``: int64 ``[format version, rows, dim, chunks, layout]``
+* ``tables.T.codes``: the code of every row as bit planes, int64 ``(blocks of 64 rows, planes)``
+* ``tables.T.rows.k.weight`` and ``tables.T.rows.k.<optimizer state>``: rows of code ``k`` in logical order
+* ``tables.T.utility``: utilities, if tracked
+* ``steps``: int64 ``[fused optimizer steps, observed steps]``
+
+Tensors are views of live storage, as in any ``state_dict``: clone what must survive the next training step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.plan import ReadPlan
+from lightning_embcomp.engine.row_class import WEIGHT, FusedRows
+
+if TYPE_CHECKING:
+    from lightning_embcomp.engine.routed import RoutedEmbeddings
+
+FORMAT_VERSION = 1
+LAYOUTS = ("prefix", "chunks")
+
+
+def save(engine: RoutedEmbeddings, destination: dict[str, Any], prefix: str) -> None:
+    """Add the engine's state to a state dict."""
+    for t, table in enumerate(engine.tables):
+        key = f"{prefix}tables.{table.name}."
+        destination[key + "shape"] = torch.tensor(
+            [FORMAT_VERSION, table.rows, table.dim, table.chunks, LAYOUTS.index(table.layout)]
+        )
+        destination[key + "codes"] = _planes(engine, t)
+        for code in range(1, table.codes):
+            c = engine.class_map.class_of_code[t][code]
+            first, last = engine.class_span(t, c)
+            for name, storage in engine.classes[c].storages().items():
+                destination[f"{key}rows.{code}.{name}"] = storage.tensor[first:last]
+        if engine.utility is not None:
+            destination[key + "utility"] = engine.utility.of_table(t)
+    steps = max((rows.step for rows in engine.classes if isinstance(rows, FusedRows)), default=0)
+    observed = engine.utility.step if engine.utility is not None else 0
+    destination[prefix + "steps"] = torch.tensor([steps, observed])
+
+
+def load(
+    engine: RoutedEmbeddings,
+    source: dict[str, Any],
+    prefix: str,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Bring the engine to a saved state; classes take the sizes that they had."""
+    present = {key for key in source if key.startswith(prefix)}
+    expected = set(_keys(engine, prefix))
+    if not present & expected:
+        missing_keys.append(prefix + "tables")
+        return
+    missing_keys.extend(sorted(expected - present))
+    unexpected_keys.extend(sorted(present - expected))
+    wrong = [message for table in engine.tables if (message := _shape_error(table, source, prefix))]
+    error_msgs.extend(wrong)
+    if wrong or not expected <= present:
+        return
+
+    engine.move(ReadPlan(lambda t, start, stop: _read_codes(engine.tables[t], source, prefix, start, stop)))
+    for t, table in enumerate(engine.tables):
+        key = f"{prefix}tables.{table.name}."
+        for code in range(1, table.codes):
+            c = engine.class_map.class_of_code[t][code]
+            first, last = engine.class_span(t, c)
+            for name, storage in engine.classes[c].storages().items():
+                saved = source[f"{key}rows.{code}.{name}"]
+                if saved.shape != storage.tensor[first:last].shape:
+                    error_msgs.append(
+                        f"{key}rows.{code}.{name} has shape {tuple(saved.shape)}, but the saved codes say"
+                        f" {tuple(storage.tensor[first:last].shape)}: the checkpoint is damaged"
+                    )
+                    return
+                storage.tensor[first:last].copy_(saved)
+        if engine.utility is not None:
+            engine.utility.of_table(t).copy_(source[key + "utility"])
+    steps = source[prefix + "steps"]
+    for rows in engine.classes:
+        if isinstance(rows, FusedRows):
+            rows.restore_step(int(steps[0]))
+    if engine.utility is not None:
+        engine.utility.step = int(steps[1])
+
+
+def _keys(engine: RoutedEmbeddings, prefix: str) -> list[str]:
+    keys = [prefix + "steps"]
+    for t, table in enumerate(engine.tables):
+        key = f"{prefix}tables.{table.name}."
+        keys += [key + "shape", key + "codes"]
+        if engine.utility is not None:
+            keys.append(key + "utility")
+        for code in range(1, table.codes):
+            storages = engine.classes[engine.class_map.class_of_code[t][code]].storages()
+            keys += [f"{key}rows.{code}.{name}" for name in storages]
+    return keys
+
+
+def _shape_error(table: LogicalTable, source: dict[str, Any], prefix: str) -> str | None:
+    saved = source.get(f"{prefix}tables.{table.name}.shape")
+    if saved is None:
+        return None
+    version, rows, dim, chunks, layout = saved.tolist()
+    if version > FORMAT_VERSION:
+        return (
+            f"table {table.name!r} was saved in format {version}; this version reads up to {FORMAT_VERSION}: update"
+            " lightning-embcomp"
+        )
+    found = (rows, dim, chunks, LAYOUTS[layout])
+    wanted = (table.rows, table.dim, table.chunks, table.layout)
+    if found != wanted:
+        return (
+            f"table {table.name!r} was saved as (rows, dim, chunks, layout) = {found}, but is configured as {wanted}:"
+            " use the settings of the saved run"
+        )
+    return None
+
+
+def _planes(engine: RoutedEmbeddings, t: int) -> Tensor:
+    router = engine.router.tensors
+    planes, stride, first = int(router.planes[t]), int(router.stride[t]), int(router.start[t])
+    blocks = -(-engine.tables[t].rows // 64)
+    return router.words[first : first + blocks * stride].view(blocks, stride)[:, :planes].clone()
+
+
+def _read_codes(table: LogicalTable, source: dict[str, Any], prefix: str, start: int, stop: int) -> Tensor:
+    planes: Tensor = source[f"{prefix}tables.{table.name}.codes"][start // 64 : -(-stop // 64)]
+    bits = torch.arange(64)
+    codes = torch.zeros(planes.shape[0], 64, dtype=torch.uint8)
+    for plane in range(planes.shape[1]):
+        codes |= ((planes[:, plane : plane + 1] >> bits) & 1).to(torch.uint8) << plane
+    return codes.flatten()[: stop - start]
+
+

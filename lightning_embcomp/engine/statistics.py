@@ -1,0 +1,72 @@
+"""Statistics of logical rows that methods share: one utility tensor per engine, moved only by training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.kernels.assemble import bag_norms
+from lightning_embcomp.kernels.types import BagLayout
+from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility
+
+
+class RowUtility:
+    """Utility of every logical row (or row part) in bfloat16: 2 bytes per row and part.
+
+    Args:
+        tables: Logical tables of the engine.
+        parts: Equal column parts with a utility of their own; 1 keeps one number per row.
+        kind: What an occurrence of an id adds; see :func:`lightning_embcomp.kernels.utility.accumulate_utility`.
+        every_n_steps: Sample one backward pass in this many.
+        device: Where the tensor lives.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[LogicalTable],
+        *,
+        parts: int = 1,
+        kind: UtilityKind = "gradient",
+        every_n_steps: int = 1,
+        device: torch.device,
+    ) -> None:
+        rows = [table.rows for table in tables]
+        self.parts = parts
+        self.kind: UtilityKind = kind
+        self.every_n_steps = every_n_steps
+        self.step = 0
+        self.row_start = torch.tensor([sum(rows[:t]) for t in range(len(rows))], device=device)
+        self.values = torch.zeros(sum(rows), parts, dtype=torch.bfloat16, device=device)
+        self._rows = rows
+
+    def of_table(self, table: int) -> Tensor:
+        """Utilities of a table, a view of shape ``(rows, parts)``."""
+        start = int(self.row_start[table])
+        return self.values[start : start + self._rows[table]]
+
+    def observe(
+        self, grad: Tensor, indices: Tensor, offsets: Tensor, layout: BagLayout, weights: Tensor | None
+    ) -> None:
+        """Account for one backward pass.
+
+        Args:
+            grad: Gradient of the pooled output.
+            indices: Logical ids.
+            offsets: Bag boundaries.
+            layout: Output position of each bag.
+            weights: Per-sample weights, or None.
+        """
+        self.step += 1
+        if self.step % self.every_n_steps:
+            return
+        norms = bag_norms(grad, offsets, layout, self.parts)
+        accumulate_utility(
+            self.values, self.row_start, indices, offsets, layout, norms, weights, self.kind, seed=self.step
+        )
+
+    def decay(self, factor: float) -> None:
+        """Multiply all utilities by a factor below one."""
+        self.values.mul_(factor)

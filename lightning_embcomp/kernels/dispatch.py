@@ -1,0 +1,51 @@
+"""Choice of the backend of a kernel: by the device of its input, or forced for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import numba
+import torch
+
+Backend = Literal["reference", "cpu"]
+
+_forced: ContextVar[Backend | None] = ContextVar("embcomp_kernel_backend", default=None)
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Return the backend that runs for tensors on ``device``.
+
+    Example:
+        >>> backend_for(torch.device("cpu"))
+        'cpu'
+    """
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return "cpu" if device.type == "cpu" else "reference"
+
+
+@contextmanager
+def force_backend(backend: Backend) -> Iterator[None]:
+    """Run every kernel called inside the block on ``backend``, to compare twins.
+
+    Example:
+        >>> with force_backend("reference"):
+        ...     backend_for(torch.device("cpu"))
+        'reference'
+    """
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def cpu_threads() -> int:
+    """Threads that a CPU kernel may use: what PyTorch was given, as far as Numba started that many."""
+    threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(threads)
+    return threads

@@ -1,0 +1,113 @@
+"""Machine instructions that Numba has no name for: population count, prefetch, typed access through addresses.
+
+Addresses let one compiled kernel serve any number of class tables: a tuple of arrays would compile once per length.
+Callers keep the tensors behind the addresses alive for the length of the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+@intrinsic
+def popcount(typing_context: Any, word: Any) -> Any:  # noqa: ANN401 - Numba's own untyped protocol
+    """Count the set bits of a uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, index: Any) -> Any:  # noqa: ANN401
+    """Ask for the cache line that holds ``array[index]`` of a one-dimensional array; never faults."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        array_type = signature.args[0]
+        view = cgutils.create_struct_proxy(array_type)(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(view.data, [args[1]]), ir.IntType(8).as_pointer())
+        _emit_prefetch(builder, pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def load_f32(typing_context: Any, address: Any, index: Any) -> Any:  # noqa: ANN401
+    """Read the ``index``-th float32 after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        pointer = builder.inttoptr(args[0], ir.FloatType().as_pointer())
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:  # noqa: ANN401
+    """Write the ``index``-th float32 after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        pointer = builder.inttoptr(args[0], ir.FloatType().as_pointer())
+        builder.store(args[2], builder.gep(pointer, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:  # noqa: ANN401
+    """Copy ``count`` bytes between addresses that do not overlap."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        byte = ir.IntType(8).as_pointer()
+        cgutils.raw_memcpy(builder, builder.inttoptr(args[0], byte), builder.inttoptr(args[1], byte), args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def zero_bytes(typing_context: Any, target: Any, count: Any) -> Any:  # noqa: ANN401
+    """Set ``count`` bytes after an address to zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        byte = ir.IntType(8).as_pointer()
+        cgutils.memset(builder, builder.inttoptr(args[0], byte), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def float_bits(typing_context: Any, value: Any) -> Any:  # noqa: ANN401
+    """Reinterpret a float32 as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def bits_float(typing_context: Any, bits: Any) -> Any:  # noqa: ANN401
+    """Reinterpret a uint32 as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def _emit_prefetch(builder: Any, pointer: Any) -> None:  # noqa: ANN401
+    """Emit ``llvm.prefetch`` for reading with high temporal locality."""
+    i32 = ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+    builder.call(function, [pointer, i32(0), i32(3), i32(1)])
