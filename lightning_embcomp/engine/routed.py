@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from lightning_embcomp.engine.router import Router, slabs
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
 from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.kernels.assemble import assemble, disassemble
+from lightning_embcomp.kernels.pool import pool
 from lightning_embcomp.kernels.relocate import move_rows
-from lightning_embcomp.kernels.route import IdOutOfRangeError, route
+from lightning_embcomp.kernels.route import IdOutOfRangeError, find, route
 from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
+from lightning_embcomp.kernels.update import UpdateRule, update_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +141,23 @@ class RoutedEmbeddings(nn.Module):
         return self._lookup(indices, offsets, None, self._sequence_layout(ids_per_feature))
 
     def _lookup(self, indices: Tensor, offsets: Tensor, weights: Tensor | None, layout: BagLayout) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            # FBGEMM registers its CPU training kernels for autograd only, which inference mode bypasses.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._lookup(indices, offsets, weights, layout)
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+        training = self.training and torch.is_grad_enabled()
+        call = _Call(self, layout, indices, offsets, weights, self.utility if training else None)
+        # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
+        anchor = torch.zeros((), requires_grad=training)
         try:
+            rules = self._direct_rules(weights)
+            if rules is not None:
+                if training:
+                    self._count_step()
+                return _DirectLookup.apply(call, rules, anchor)  # type: ignore[no-any-return]
             batch = route(indices, offsets, layout, self.router.tensors, len(self.classes))
         except IdOutOfRangeError as error:
             table = self.tables[self.feature_tables[error.feature]]
@@ -149,14 +165,22 @@ class RoutedEmbeddings(nn.Module):
                 f"id {error.value} at position {error.position} of the batch is outside table {table.name!r} with"
                 f" {table.rows} rows; map unknown values to an out-of-vocabulary id first"
             ) from error
-        training = self.training and torch.is_grad_enabled()
         pooled = [self._class_lookup(c, batch, weights, training=training) for c in range(len(self.classes))]
-        observer = self.utility if training else None
-        call = _Call(self, batch, layout, indices, offsets, weights, observer)
-        # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
-        anchor = torch.zeros((), requires_grad=training)
-        out: Tensor = _Assemble.apply(call, anchor, *[rows for rows in pooled if rows is not None])
+        out: Tensor = _Assemble.apply(call, batch, anchor, *[rows for rows in pooled if rows is not None])
         return out
+
+    def _direct_rules(self, weights: Tensor | None) -> list[UpdateRule] | None:
+        """Update rules if the CPU kernels can serve this lookup without FBGEMM, else None."""
+        if weights is not None and weights.requires_grad:
+            return None
+        rules = [rows.direct_rule() for rows in self.classes if isinstance(rows, FusedRows)]
+        found = [rule for rule in rules if rule is not None]
+        return found if len(found) == len(self.classes) else None
+
+    def _count_step(self) -> None:
+        for rows in self.classes:
+            if isinstance(rows, FusedRows):
+                rows.step += 1
 
     def _class_lookup(self, c: int, batch: RoutedBatch, weights: Tensor | None, *, training: bool) -> Tensor | None:
         first, last = batch.id_start[c], batch.id_start[c + 1]
@@ -406,30 +430,61 @@ class _Call:
     """What the backward pass of one lookup needs to know."""
 
     engine: RoutedEmbeddings
-    batch: RoutedBatch
     layout: BagLayout
     indices: Tensor
     offsets: Tensor
     weights: Tensor | None
     utility: RowUtility | None
 
+    def observe(self, grad: Tensor) -> None:
+        """Feed the row utilities."""
+        if self.utility is not None:
+            self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights)
+
 
 class _Assemble(torch.autograd.Function):
-    """Zero-padded sum of the class outputs; the backward pass also feeds the row utilities."""
+    """Zero-padded sum of the class outputs."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, anchor: Tensor, *pooled: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.call = call
+    def forward(ctx: Any, call: _Call, batch: RoutedBatch, anchor: Tensor, *pooled: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.call, ctx.batch = call, batch
         given = iter(pooled)
-        starts = call.batch.id_start
-        aligned = [next(given) if last > first else None for first, last in zip(starts, starts[1:], strict=False)]
-        return assemble(aligned, call.offsets, call.batch, call.layout, call.engine.columns)
+        aligned = [next(given) if last > first else None for first, last in pairwise(batch.id_start)]
+        return assemble(aligned, call.offsets, batch, call.layout, call.engine.columns)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
         call: _Call = ctx.call
-        grad = grads[0]
-        if call.utility is not None:
-            call.utility.observe(grad, call.indices, call.offsets, call.layout, call.weights)
-        parts = disassemble(grad, call.offsets, call.batch, call.layout, call.engine.columns)
-        return (None, None, *[part for part in parts if part is not None])
+        call.observe(grads[0])
+        parts = disassemble(grads[0], call.offsets, ctx.batch, call.layout, call.engine.columns)
+        return (None, None, None, *[part for part in parts if part is not None])
+
+
+class _DirectLookup(torch.autograd.Function):
+    """Lookup and fused update on the class tables themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, rules: list[UpdateRule], anchor: Tensor) -> Tensor:  # noqa: ANN401
+        engine = call.engine
+        routes = find(call.indices, call.offsets, call.layout, engine.router.tensors, len(engine.classes))
+        ctx.call, ctx.rules, ctx.routes = call, rules, routes
+        weights = None if call.weights is None else call.weights.float()
+        return pool(engine.split_embedding_weights(), routes, call.offsets, weights, call.layout, engine.columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
+        call: _Call = ctx.call
+        call.observe(grads[0])
+        engine = call.engine
+        update_rows(
+            engine.split_embedding_weights(),
+            [state.get("momentum1") for state in engine.get_optimizer_state()],
+            ctx.rules[0],
+            grads[0],
+            ctx.routes,
+            call.offsets,
+            None if call.weights is None else call.weights.float(),
+            call.layout,
+            engine.columns,
+        )
+        return None, None, None

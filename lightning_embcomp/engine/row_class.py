@@ -19,8 +19,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.kernels.update import UpdateRule
 
 WEIGHT = "weight"
+FBGEMM_EPS = 1e-8  # FBGEMM's default
 
 
 @dataclass(frozen=True)
@@ -90,31 +92,41 @@ class FusedRows:
         return storages
 
     def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
-        """Build the FBGEMM table over the given tensors."""
+        """Take over tensors; the FBGEMM table over them is built when it is first needed."""
         self._storages = dict(storages)
         self.rows = rows
         self._table = None
-        if rows == 0:
-            return
+
+    def direct_rule(self) -> UpdateRule | None:
+        """The optimizer as the CPU kernels know it; None where only FBGEMM can run it."""
+        known = {"learning_rate", "eps"}
+        if self.device.type != "cpu" or self.dtype != torch.float32 or set(self.optimizer.options) - known:
+            return None
+        eps = float(self.optimizer.options.get("eps", FBGEMM_EPS))
+        return UpdateRule(kind=self.optimizer.kind, learning_rate=self.learning_rate, eps=eps)
+
+    def _build_table(self) -> SplitTableBatchedEmbeddingBagsCodegen:
+        """Build the FBGEMM table over the tensors of the class."""
         options = {**self.optimizer.options, "learning_rate": self.learning_rate}
-        self._table = SplitTableBatchedEmbeddingBagsCodegen(
-            [(rows, self.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        table = SplitTableBatchedEmbeddingBagsCodegen(
+            [(self.rows, self.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
             optimizer=self.optimizer.fbgemm,
             pooling_mode=PoolingMode.SUM,
             weights_precision=SparseType.FP16 if self.dtype == torch.float16 else SparseType.FP32,
             device=self.device,
             bounds_check_mode=BoundsCheckMode.NONE,  # the router hands out valid slots only
             preallocated_host_buffers={
-                ("weights" if name == WEIGHT else name): storage.tensor.view(-1) for name, storage in storages.items()
+                ("weights" if name == WEIGHT else name): storage.tensor.view(-1) for name, storage in self._storages.items()
             },
             **options,
         )
+        self._table = table
         self._set_step(self.step)
+        return table
 
     def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
         """Pooled lookup; FBGEMM counts forward passes, which evaluation must not move."""
-        table = self._table
-        assert table is not None, "an empty class has no slots to look up"
+        table = self._table or self._build_table()
         pooled = table(slots, offsets, per_sample_weights=weights)
         if training:
             self.step += 1

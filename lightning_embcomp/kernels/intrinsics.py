@@ -39,6 +39,17 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:  # noqa: ANN40
 
 
 @intrinsic
+def prefetch_address(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
+    """Ask for the cache line at an address; never faults."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        _emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def load_f32(typing_context: Any, address: Any, index: Any) -> Any:  # noqa: ANN401
     """Read the ``index``-th float32 after ``address``."""
 

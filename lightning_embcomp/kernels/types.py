@@ -76,6 +76,23 @@ class ClassColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IdRoutes:
+    """Row class and slot of every id of a batch, in the order of the batch.
+
+    Attributes:
+        row_class: uint8 ``(N,)``; :data:`NO_CLASS` for ids whose row has no storage.
+        slot: int32 ``(N,)``; meaningless without a class.
+    """
+
+    row_class: Tensor
+    slot: Tensor
+
+
+NO_CLASS = 255
+"""Marks an id whose row stores nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutedBatch:
     """Ids of a batch, sorted into one bag list per row class; ids without storage are dropped.
 

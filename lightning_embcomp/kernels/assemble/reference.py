@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, RoutedBatch
 
 
-def _place(bags: Tensor, offsets: Tensor, layout: BagLayout) -> tuple[Tensor, Tensor, Tensor]:
+def place(bags: Tensor, offsets: Tensor, layout: BagLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Return feature, output row and scale of the given bags."""
     feature = torch.searchsorted(layout.bag_start[1:], bags, right=True)
     row = bags - layout.bag_start[feature] + layout.row_start[feature]
@@ -19,7 +19,7 @@ def _place(bags: Tensor, offsets: Tensor, layout: BagLayout) -> tuple[Tensor, Te
     return feature, row, scale
 
 
-def _runs(columns: ClassColumns, row_class: int) -> list[tuple[int, int, int]]:
+def runs_of(columns: ClassColumns, row_class: int) -> list[tuple[int, int, int]]:
     """Return (stored column, logical column, length) of each run of a class."""
     first, last = int(columns.first_run[row_class]), int(columns.first_run[row_class + 1])
     runs, stored = [], 0
@@ -39,8 +39,8 @@ def assemble(
         if rows is None:
             continue
         bags = batch.bags[batch.bag_start[row_class] : batch.bag_start[row_class + 1]].long()
-        feature, row, scale = _place(bags, offsets, layout)
-        for stored, column, length in _runs(columns, row_class):
+        feature, row, scale = place(bags, offsets, layout)
+        for stored, column, length in runs_of(columns, row_class):
             span = layout.column[feature].unsqueeze(1) + column + torch.arange(length, device=out.device)
             part = rows[:, stored : stored + length] * scale.unsqueeze(1)
             out.index_put_((row.unsqueeze(1).expand_as(span), span), part, accumulate=True)
@@ -57,9 +57,9 @@ def disassemble(
         if bags.numel() == 0:
             parts.append(None)
             continue
-        feature, row, scale = _place(bags, offsets, layout)
+        feature, row, scale = place(bags, offsets, layout)
         pieces = []
-        for _, column, length in _runs(columns, row_class):
+        for _, column, length in runs_of(columns, row_class):
             span = layout.column[feature].unsqueeze(1) + column + torch.arange(length, device=grad.device)
             pieces.append(grad[row.unsqueeze(1), span] * scale.unsqueeze(1))
         parts.append(torch.cat(pieces, dim=1))
@@ -69,7 +69,7 @@ def disassemble(
 def bag_norms(grad: Tensor, offsets: Tensor, layout: BagLayout, parts: int) -> Tensor:
     """Plain twin of :func:`lightning_embcomp.kernels.assemble.bag_norms`."""
     bags = torch.arange(offsets.numel() - 1, device=grad.device)
-    _, row, scale = _place(bags, offsets, layout)
+    _, row, scale = place(bags, offsets, layout)
     norms = grad.new_zeros(bags.numel(), parts)
     for feature in range(layout.table.numel()):
         mine = slice(int(layout.bag_start[feature]), int(layout.bag_start[feature + 1]))

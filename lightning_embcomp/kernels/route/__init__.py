@@ -6,11 +6,31 @@ from torch import Tensor
 
 from lightning_embcomp.kernels.dispatch import backend_for
 from lightning_embcomp.kernels.route import cpu, reference
-from lightning_embcomp.kernels.types import BagLayout, RoutedBatch, RouterTensors
+from lightning_embcomp.kernels.types import BagLayout, IdRoutes, RoutedBatch, RouterTensors
 
-__all__ = ["IdOutOfRangeError", "route"]
+__all__ = ["IdOutOfRangeError", "find", "route"]
 
 IdOutOfRangeError = reference.IdOutOfRangeError
+
+
+def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> IdRoutes:
+    """Look the row class and slot of every id up, in the order of the batch.
+
+    Args:
+        indices: As in :func:`route`.
+        offsets: As in :func:`route`.
+        layout: As in :func:`route`.
+        router: As in :func:`route`.
+        classes: As in :func:`route`.
+
+    Returns:
+        Class and slot per id.
+
+    Raises:
+        IdOutOfRangeError: If an id is negative or not below the rows of its table.
+    """
+    kernel = cpu.find if backend_for(indices.device) == "cpu" else reference.find
+    return kernel(indices, offsets, layout, router, classes)
 
 
 def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:

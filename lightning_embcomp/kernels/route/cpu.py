@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -12,9 +13,8 @@ from torch import Tensor
 from lightning_embcomp.kernels.dispatch import cpu_threads
 from lightning_embcomp.kernels.intrinsics import popcount, prefetch
 from lightning_embcomp.kernels.route.reference import IdOutOfRangeError
-from lightning_embcomp.kernels.types import BagLayout, RoutedBatch, RouterTensors
+from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, IdRoutes, RoutedBatch, RouterTensors
 
-_NO_CLASS = 255
 _AHEAD = 16  # ids between a prefetch and its use: about the misses that a core keeps in flight
 _BAGS_PER_THREAD = 4096  # below this a second thread costs more than it saves
 
@@ -59,7 +59,7 @@ def _find(
                 if row < 0 or row >= limit:
                     if bad[chunk] < 0:
                         bad[chunk] = i
-                    id_class[i] = _NO_CLASS
+                    id_class[i] = NO_CLASS
                     continue
                 block = first_word + (row >> 6) * words_per_block
                 bit = np.uint64(row & 63)
@@ -74,7 +74,7 @@ def _find(
                         same &= ~word
                 row_class = class_of_code[table, code]
                 if row_class < 0:
-                    id_class[i] = _NO_CLASS
+                    id_class[i] = NO_CLASS
                     continue
                 rank = popcount(same & ((np.uint64(1) << bit) - np.uint64(1)))
                 id_class[i] = row_class
@@ -108,7 +108,7 @@ def _fill(
         for bag in range(chunk_bag[chunk], chunk_bag[chunk + 1]):
             for i in range(offsets[bag], offsets[bag + 1]):
                 row_class = id_class[i]
-                if row_class == _NO_CLASS:
+                if row_class == NO_CLASS:
                     continue
                 at = next_id[row_class]
                 if last_bag[row_class] != bag:
@@ -121,21 +121,41 @@ def _fill(
                 next_id[row_class] = at + 1
 
 
-def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:
-    """Numba twin of :func:`lightning_embcomp.kernels.route.reference.route`."""
+def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> IdRoutes:
+    """Numba twin of :func:`lightning_embcomp.kernels.route.reference.find`."""
+    found = _find_in_chunks(indices, offsets, layout, router, classes)
+    return IdRoutes(row_class=torch.from_numpy(found.id_class), slot=torch.from_numpy(found.id_slot))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Result of the first pass: routes of the ids, and counts ``(threads, classes)``."""
+
+    id_class: np.ndarray
+    id_slot: np.ndarray
+    id_count: np.ndarray
+    bag_count: np.ndarray
+    chunk_bag: np.ndarray
+
+
+def _find_in_chunks(
+    indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int
+) -> _Found:
     ids, bounds = indices.contiguous().numpy(), offsets.contiguous().numpy()
     bag_total = bounds.shape[0] - 1
     chunks = max(1, min(cpu_threads(), bag_total // _BAGS_PER_THREAD))
-    chunk_bag = np.linspace(0, bag_total, chunks + 1).astype(np.int64)
-    id_class = np.empty(ids.shape[0], np.uint8)
-    id_slot = np.empty(ids.shape[0], np.int32)
-    id_count = np.zeros((chunks, classes), np.int64)
-    bag_count = np.zeros((chunks, classes), np.int64)
+    found = _Found(
+        id_class=np.empty(ids.shape[0], np.uint8),
+        id_slot=np.empty(ids.shape[0], np.int32),
+        id_count=np.zeros((chunks, classes), np.int64),
+        bag_count=np.zeros((chunks, classes), np.int64),
+        chunk_bag=np.linspace(0, bag_total, chunks + 1).astype(np.int64),
+    )
     bad = np.full(chunks, -1, np.int64)
     _find(
         ids,
         bounds,
-        chunk_bag,
+        found.chunk_bag,
         layout.bag_start.numpy(),
         layout.table.numpy(),
         router.words.numpy().view(np.uint64),
@@ -145,17 +165,23 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
         router.planes.numpy(),
         router.rows.numpy(),
         router.class_of_code.numpy(),
-        id_class,
-        id_slot,
-        id_count,
-        bag_count,
+        found.id_class,
+        found.id_slot,
+        found.id_count,
+        found.bag_count,
         bad,
     )
     if (bad >= 0).any():
         _raise_out_of_range(int(bad[bad >= 0].min()), ids, bounds, layout, router)
+    return found
 
-    chunk_class_id, id_start = _starts(id_count)
-    chunk_class_bag, bag_start = _starts(bag_count)
+
+def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:
+    """Numba twin of :func:`lightning_embcomp.kernels.route.reference.route`."""
+    found = _find_in_chunks(indices, offsets, layout, router, classes)
+    bounds = offsets.contiguous().numpy()
+    chunk_class_id, id_start = _starts(found.id_count)
+    chunk_class_bag, bag_start = _starts(found.bag_count)
     slots = np.empty(id_start[-1], np.int32)
     positions = np.empty(id_start[-1], np.int32)
     bags = np.empty(bag_start[-1], np.int32)
@@ -164,9 +190,9 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
     out_offsets[bag_start[1:] + ends] = np.diff(id_start)
     _fill(
         bounds,
-        chunk_bag,
-        id_class,
-        id_slot,
+        found.chunk_bag,
+        found.id_class,
+        found.id_slot,
         id_start,
         chunk_class_id,
         chunk_class_bag,
@@ -182,7 +208,7 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
         bags=torch.from_numpy(bags),
         id_start=tuple(id_start.tolist()),
         bag_start=tuple(bag_start.tolist()),
-        chunk_bag=torch.from_numpy(chunk_bag),
+        chunk_bag=torch.from_numpy(found.chunk_bag),
         chunk_class_bag=torch.from_numpy(chunk_class_bag),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.types import BagLayout, RoutedBatch, RouterTensors
+from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, IdRoutes, RoutedBatch, RouterTensors
 
 
 class IdOutOfRangeError(IndexError):
@@ -64,12 +64,10 @@ def lookup(ids: Tensor, table: Tensor, router: RouterTensors) -> tuple[Tensor, T
     return code, base.long() + rank
 
 
-def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:
-    """Plain twin of :func:`lightning_embcomp.kernels.route.route`."""
-    device = indices.device
+def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> IdRoutes:
+    """Plain twin of :func:`lightning_embcomp.kernels.route.find`."""
     ids, offsets = indices.long(), offsets.long()
-    bags = offsets.numel() - 1
-    bag = torch.repeat_interleave(torch.arange(bags, device=device), offsets.diff())
+    bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=ids.device), offsets.diff())
     feature = torch.searchsorted(layout.bag_start[1:], bag, right=True)
     table = layout.table[feature]
     outside = (ids < 0) | (ids >= router.rows[table])
@@ -78,6 +76,15 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
         raise IdOutOfRangeError(at, int(feature[at]), int(ids[at]), int(router.rows[table[at]]))
     code, slot = lookup(ids, table, router)
     row_class = router.class_of_code[table, code]
+    return IdRoutes(row_class=torch.where(row_class < 0, NO_CLASS, row_class).to(torch.uint8), slot=slot.int())
+
+
+def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:
+    """Plain twin of :func:`lightning_embcomp.kernels.route.route`."""
+    routes = find(indices, offsets, layout, router, classes)
+    row_class, slot = routes.row_class, routes.slot
+    bags = offsets.numel() - 1
+    bag = torch.repeat_interleave(torch.arange(bags, device=indices.device), offsets.long().diff())
 
     slots, positions, all_offsets, all_bags = [], [], [], []
     id_start, bag_start = [0], [0]

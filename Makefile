@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all set-up on their own: Python >= 3.10, make and a package index is all they need.
+#   make demo [DATA=path]   train a small model and print the report
+#   make test [ARGS="-k ne"]
+#   make lint               ruff and mypy
+#   make format             let ruff rewrite the files
+#   make install            set-up alone; STACK=cuda for the CUDA build
+#   make clean              remove the environment
+PYTHON ?= python3
+VENV ?= .venv
+STACK ?= cpu
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(STACK)
+REQUIREMENTS := $(wildcard requirements/*.txt)
+
+.PHONY: help install demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,/^PYTHON/{/^#/s/^# \{0,1\}//p}' Makefile
+
+install: $(STAMP)
+
+# An environment that was made by hand has no stamp: it is completed in place, never rebuilt.
+$(STAMP): $(REQUIREMENTS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; pass PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements/$(STACK).txt -r requirements/dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/torchrec.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m lightning_embcomp.demo $(if $(DATA),--data "$(DATA)")
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

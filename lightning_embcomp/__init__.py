@@ -1,0 +1,23 @@
+"""Embedding compression for recommendation models, inside the training that people already run."""
+
+from lightning_embcomp.stack import check_stack
+
+check_stack()
+
+from lightning_embcomp.callback import CompressionCallback, NonFiniteLossError, OwnershipError, SetupError  # noqa: E402
+from lightning_embcomp.deferred import deferred_tables  # noqa: E402
+from lightning_embcomp.methods.fiited.callback import DimensionPruning  # noqa: E402
+from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionCallback",
+    "DimensionPruning",
+    "Granularity",
+    "NonFiniteLossError",
+    "OwnershipError",
+    "PruningSchedule",
+    "SetupError",
+    "deferred_tables",
+]

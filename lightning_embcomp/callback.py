@@ -1,0 +1,202 @@
+"""Base of the callbacks: choose tables, put engines under them once, keep them through resume and repeated runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_embcomp.deferred import deferred_tables
+from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.layout import ChunkLayout
+from lightning_embcomp.engine.plan import FixedPlan
+from lightning_embcomp.surgery import build_host, fill, replace
+from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
+
+Cuts = Mapping[str, tuple[int, ChunkLayout]]
+"""Chunks and layout by unique table name."""
+
+
+class OwnershipError(ValueError):
+    """Two callbacks claim the same property of the same table."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss is NaN or infinite."""
+
+
+class SetupError(RuntimeError):
+    """A callback cannot work in this trainer or on this module."""
+
+
+@dataclass(frozen=True)
+class OwnedTable:
+    """A table that a callback works on.
+
+    Args:
+        host: Module that holds it.
+        index: Its index in the host's engine.
+        name: Unique name.
+    """
+
+    host: RoutedHost
+    index: int
+    name: str
+
+
+class CompressionCallback(pl.Callback):
+    """Base of callbacks that store embedding tables in an engine.
+
+    Subclasses say how they cut their tables (:meth:`table_cuts`) and what happens once the engine stands
+    (:meth:`on_tables_ready`).
+
+    Args:
+        tables: Globs of table names; a table matches by its full path or by its own name.
+    """
+
+    def __init__(self, tables: str | Sequence[str] = "*") -> None:
+        self.patterns: tuple[str, ...] = (tables,) if isinstance(tables, str) else tuple(tables)
+        if not self.patterns:
+            raise ValueError(f"{type(self).__name__}: give at least one table glob; '*' matches every table")
+        self.owned: list[OwnedTable] = []
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for instances on different tables."""
+        return f"{type(self).__name__}[{','.join(self.patterns)}]"
+
+    def table_cuts(self, tables: Sequence[TableView]) -> Cuts:
+        """How the callback cuts its tables."""
+        raise NotImplementedError
+
+    def on_tables_ready(self, fresh: bool) -> None:
+        """Called once ``owned`` stands.
+
+        Args:
+            fresh: Whether the tables are new and still without rows.
+        """
+        raise NotImplementedError
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put engines under the tables, before anything is moved, wrapped or optimised."""
+        if trainer.world_size > 1:
+            raise SetupError(
+                f"{self.state_key}: tables that are updated in the backward pass would drift apart on"
+                f" {trainer.world_size} processes. Train with one process (devices=1)"
+            )
+        hosts = _build_model(pl_module, self)
+        _install(trainer, pl_module, hosts)
+        owned = _owned(pl_module, self)
+        if [(o.host, o.index) for o in owned] == [(o.host, o.index) for o in self.owned]:
+            return
+        self.owned = owned
+        fresh = [o for o in owned if o.index in _sources(o.host)]
+        if fresh and len(fresh) != len(owned):
+            raise SetupError(f"{self.state_key}: some of its tables were already compressed by an earlier run")
+        self.on_tables_ready(fresh=bool(fresh))
+        for table in fresh:
+            fill(table.host, table.index, _sources(table.host).pop(table.index))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the engines are still part of the module."""
+        present = {id(module) for module in pl_module.modules()}
+        for table in self.owned:
+            if id(table.host) not in present:
+                raise SetupError(
+                    f"{self.state_key}: table {table.name!r} was rebuilt after setup. configure_model must do nothing when"
+                    " it is called again: return early if the model exists"
+                )
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Stop before a non-finite loss reaches tables that are updated in the backward pass."""
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise NonFiniteLossError(
+                f"the loss is {loss.detach().item()} at step {trainer.global_step}; the tables are unchanged. Lower the"
+                " learning rate, or look for bad values in the batch"
+            )
+
+
+def _build_model(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[HostView]:
+    hosts = find_hosts(pl_module)
+    if not hosts and is_overridden("configure_model", pl_module):
+        with deferred_tables():
+            pl_module.configure_model()
+        hosts = find_hosts(pl_module)
+    select_tables(hosts, callback.patterns, callback.state_key)
+    return hosts
+
+
+def _install(trainer: pl.Trainer, pl_module: pl.LightningModule, hosts: Sequence[HostView]) -> None:
+    """Replace every module that holds a table of any callback; all callbacks of the trainer agree on one engine."""
+    cuts: dict[str, tuple[int, ChunkLayout]] = {}
+    owner: dict[str, CompressionCallback] = {}
+    for callback in _siblings(trainer):
+        selected = select_tables(hosts, callback.patterns, callback.state_key)
+        for name, cut in callback.table_cuts(selected).items():
+            if name in owner:
+                raise OwnershipError(
+                    f"both {owner[name].state_key} and {callback.state_key} set the width of table {name!r}: give them"
+                    " different tables"
+                )
+            owner[name], cuts[name] = callback, cut
+    for host in hosts:
+        claimed = [table.name in owner for table in host.tables]
+        if isinstance(host.module, RoutedHost):
+            _check_same_cuts(host, cuts)
+            continue
+        if not any(claimed):
+            continue
+        routed = build_host(host, cuts, pl_module.device)
+        engine = routed.engine
+        engine.move(
+            FixedPlan([0 if mine else t.full_code for mine, t in zip(claimed, engine.tables, strict=True)])
+        )
+        engine.clear_row_state()
+        routed.__dict__["_sources"] = {}
+        for t, mine in enumerate(claimed):
+            if mine:
+                _sources(routed)[t] = host
+            else:
+                fill(routed, t, host)
+        replace(pl_module, host.path, routed)
+
+
+def _siblings(trainer: pl.Trainer) -> list[CompressionCallback]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
+
+
+def _sources(host: RoutedHost) -> dict[int, HostView]:
+    """Replaced modules of tables that have no rows yet, by table index."""
+    sources: dict[int, HostView] = host.__dict__.setdefault("_sources", {})
+    return sources
+
+
+def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[OwnedTable]:
+    hosts = find_hosts(pl_module)
+    wanted = {table.name for table in select_tables(hosts, callback.patterns, callback.state_key)}
+    wanted &= set(callback.table_cuts([table for host in hosts for table in host.tables if table.name in wanted]))
+    return [
+        OwnedTable(host.module, t, table.name)
+        for host in hosts
+        if isinstance(host.module, RoutedHost)
+        for t, table in enumerate(host.tables)
+        if table.name in wanted
+    ]
+
+
+def _check_same_cuts(host: HostView, cuts: Cuts) -> None:
+    assert isinstance(host.module, RoutedHost)
+    for view, table in zip(host.tables, host.module.engine.tables, strict=True):
+        wanted = cuts.get(view.name)
+        if wanted is not None and wanted != (table.chunks, table.layout):
+            raise SetupError(
+                f"table {view.name!r} is already stored in {table.chunks} chunks with layout {table.layout!r}, but"
+                f" {wanted[0]} chunks with layout {wanted[1]!r} are asked for: use the settings of the first run, or start"
+                " from a plain module"
+            )

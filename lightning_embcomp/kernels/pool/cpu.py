@@ -1,0 +1,112 @@
+"""Direct pooling on CPU: one pass over the bags, rows prefetched a few ids ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_embcomp.kernels.dispatch import cpu_threads
+from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address
+from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
+
+_AHEAD = 16
+_LINE = 64
+
+
+@numba.njit(cache=True, parallel=True, boundscheck=False, fastmath={"contract", "nsz"})
+def _pool(
+    out: Any,
+    tables: Any,
+    id_class: Any,
+    id_slot: Any,
+    offsets: Any,
+    weights: Any,
+    chunk_bag: Any,
+    bag_start: Any,
+    row_start: Any,
+    column: Any,
+    width: Any,
+    mean: Any,
+    class_width: Any,
+    first_run: Any,
+    run_column: Any,
+    run_length: Any,
+) -> None:
+    weighted = weights.shape[0] > 0
+    for chunk in numba.prange(chunk_bag.shape[0] - 1):
+        feature = 0
+        end = offsets[chunk_bag[chunk + 1]]
+        for bag in range(chunk_bag[chunk], chunk_bag[chunk + 1]):
+            while bag >= bag_start[feature + 1]:
+                feature += 1
+            row = out[bag - bag_start[feature] + row_start[feature], column[feature] : column[feature] + width[feature]]
+            first, last = offsets[bag], offsets[bag + 1]
+            filled = 0  # columns below this hold sums; the rest is zeroed at the end
+            for i in range(first, last):
+                ahead = i + _AHEAD
+                if ahead < end and id_class[ahead] != NO_CLASS:
+                    near = id_class[ahead]
+                    size = 4 * class_width[near]
+                    address = tables[near] + np.int64(id_slot[ahead]) * size
+                    for line in range(0, size, _LINE):
+                        prefetch_address(address + line)
+                c = id_class[i]
+                if c == NO_CLASS:
+                    continue
+                source = np.int64(id_slot[i]) * class_width[c]
+                factor = weights[i] if weighted else np.float32(1.0)
+                for run in range(first_run[c], first_run[c + 1]):
+                    low, high = run_column[run], run_column[run] + run_length[run]
+                    if low > filled:
+                        row[filled:low] = np.float32(0.0)
+                        filled = low
+                    known = min(high, filled)
+                    for d in range(low, known):
+                        row[d] += load_f32(tables[c], source + d - low) * factor
+                    for d in range(max(low, known), high):
+                        row[d] = load_f32(tables[c], source + d - low) * factor
+                    filled = max(filled, high)
+                    source += run_length[run]
+            if filled < row.shape[0]:
+                row[filled:] = np.float32(0.0)
+            if mean[feature] and last - first > 1:
+                scale = np.float32(1.0) / np.float32(last - first)
+                for d in range(filled):
+                    row[d] *= scale
+
+
+def pool(
+    tables: Sequence[Tensor],
+    routes: IdRoutes,
+    offsets: Tensor,
+    weights: Tensor | None,
+    layout: BagLayout,
+    columns: ClassColumns,
+) -> Tensor:
+    """Numba twin of :func:`lightning_embcomp.kernels.pool.reference.pool`."""
+    out = torch.empty(layout.shape, dtype=torch.float32)
+    chunk_bag = np.linspace(0, offsets.numel() - 1, cpu_threads() + 1).astype(np.int64)
+    _pool(
+        out.numpy(),
+        np.array([table.data_ptr() for table in tables], np.int64),
+        routes.row_class.numpy(),
+        routes.slot.numpy(),
+        offsets.contiguous().numpy(),
+        np.empty(0, np.float32) if weights is None else weights.detach().contiguous().numpy(),
+        chunk_bag,
+        layout.bag_start.numpy(),
+        layout.row_start.numpy(),
+        layout.column.numpy(),
+        layout.width.numpy(),
+        layout.mean.numpy(),
+        columns.width.numpy(),
+        columns.first_run.numpy(),
+        columns.column.numpy(),
+        columns.length.numpy(),
+    )
+    return out

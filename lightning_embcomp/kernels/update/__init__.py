@@ -1,0 +1,47 @@
+"""Apply the fused optimizer to the rows of a batch, straight from the gradient of the pooled output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.types import BagLayout, ClassColumns, IdRoutes
+from lightning_embcomp.kernels.update import cpu, reference
+from lightning_embcomp.kernels.update.rule import UpdateRule
+
+__all__ = ["UpdateRule", "update_rows"]
+
+
+def update_rows(
+    tables: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    rule: UpdateRule,
+    grad: Tensor,
+    routes: IdRoutes,
+    offsets: Tensor,
+    weights: Tensor | None,
+    layout: BagLayout,
+    columns: ClassColumns,
+) -> None:
+    r"""Update every row that the batch looked up, once, with the sum of the gradients of its occurrences.
+
+    With :math:`g` that sum over the stored columns: ``sgd`` does :math:`w \leftarrow w - \eta g`; ``rowwise_adagrad``
+    adds :math:`\mathrm{mean}(g^2)` to the row's state :math:`m` and does
+    :math:`w \leftarrow w - \eta g / (\sqrt{m} + \epsilon)`; ``adagrad`` the same per weight. These are FBGEMM's rules
+    for the same optimizers.
+
+    Args:
+        tables: Weights of each class, float32 ``(rows, width)``, changed in place.
+        states: State of each class: None, ``(rows,)`` or ``(rows, width)``, float32, changed in place.
+        rule: Optimizer and its rates.
+        grad: Gradient of the pooled output, float32 of ``layout.shape``.
+        routes: Class and slot of every id.
+        offsets: Bag boundaries, ``(bags + 1,)``.
+        weights: Per-sample weights, float32 ``(N,)``, or None.
+        layout: Output position of each bag.
+        columns: Columns that each class stores.
+    """
+    kernel = cpu.update_rows if backend_for(grad.device) == "cpu" else reference.update_rows
+    kernel(tables, states, rule, grad, routes, offsets, weights, layout, columns)

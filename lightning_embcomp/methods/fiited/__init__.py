@@ -1,0 +1,1 @@
+"""FIITED: dimension pruning during training."""

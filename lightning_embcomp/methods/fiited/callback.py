@@ -1,0 +1,148 @@
+"""The callback of dimension pruning: hooks in, events out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError
+from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.memory import table_memory
+from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target, parse_bytes
+from lightning_embcomp.methods.fiited.module import DimensionPruner, PrunedTable
+from lightning_embcomp.tables import TableView
+
+
+class DimensionPruning(CompressionCallback):
+    """Prune embedding dimensions while training, so that tables take less memory from the first step on.
+
+    Every row keeps as many leading column chunks as its utility (how often it is looked up, times how large its
+    gradients are) is worth under one byte budget; utilities are measured all the time, and at every pruning event rows
+    grow, shrink, vanish and come back. What is not stored takes no memory. A reconstruction of FIITED [1]_.
+
+    Logged at every event: ``fiited/live_ratio`` (stored over plain weight bytes), ``fiited/bytes`` (all bytes held),
+    ``fiited/churn`` (share of rows that changed), ``fiited/revived`` and ``fiited/dropped`` (rows).
+
+    Args:
+        target: Fraction of the embedding weight bytes to remove, from 0 to below 1. Give this or ``budget``.
+        budget: Bytes for the selected tables with everything they need (weights, fused optimizer state, router,
+            utilities), as a number or like ``2GB``.
+        tables: Globs of the tables to prune. Tables whose dim cannot be cut are refused by name.
+        scope: ``global`` compares the rows of all tables, ``table`` gives every table the same share.
+        schedule: When events happen.
+        granularity: What lives or dies, and how its worth is measured.
+        normalize: Divide utilities by their table's mean before tables are compared (``scope: global``).
+
+    Raises:
+        ValueError: If target or budget are missing, both given, or out of range.
+
+    Example:
+        >>> callback = DimensionPruning(target=0.8, tables="t_*")
+        >>> callback.state_key
+        'DimensionPruning[t_*]'
+
+    References:
+        .. [1] FIITED: Fine-grained embedding dimension optimization during training for recommender systems, 2024,
+           https://arxiv.org/abs/2401.04408
+    """
+
+    def __init__(
+        self,
+        target: float | None = None,
+        budget: int | str | None = None,
+        tables: str | Sequence[str] = "*",
+        scope: Scope = "global",
+        schedule: PruningSchedule | None = None,
+        granularity: Granularity | None = None,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(tables)
+        if (target is None) == (budget is None):
+            raise ValueError("DimensionPruning: give either target (fraction of bytes to remove) or budget (bytes)")
+        if scope not in ("global", "table"):
+            raise ValueError(f"DimensionPruning: scope must be 'global' or 'table', not {scope!r}")
+        if normalize and scope == "table":
+            raise ValueError("DimensionPruning: normalize has no effect with scope='table', where tables do not compete")
+        self.target = None if target is None else check_target(target)
+        self.budget = None if budget is None else parse_bytes(budget)
+        self.scope: Scope = scope
+        self.schedule = schedule or PruningSchedule()
+        self.granularity = granularity or Granularity()
+        self.normalize = normalize
+        self.pruner: DimensionPruner | None = None
+        self._events = 0
+        self._last_step = 0
+
+    def table_cuts(self, tables: Sequence[TableView]) -> Cuts:
+        """Cut every table into the same number of chunks."""
+        chunks, layout = self.granularity.chunks, self.granularity.layout
+        for table in tables:
+            LogicalTable(name=table.name, rows=table.rows, dim=table.dim, chunks=chunks, layout=layout)
+        return {table.name: (chunks, layout) for table in tables}
+
+    def on_tables_ready(self, fresh: bool) -> None:
+        """Start the pruner; new tables get their first rows."""
+        tables = [PrunedTable(owned.host.engine, owned.index, owned.name) for owned in self.owned]
+        self.pruner = DimensionPruner(
+            tables,
+            target=self.target,
+            budget=self.budget,
+            scope=self.scope,
+            granularity=self.granularity,
+            normalize=self.normalize,
+        )
+        if fresh:
+            self.pruner.start()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue the step count of a resumed run; a new run starts at its first step."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune after the optimizer step, when the schedule says so."""
+        step = trainer.global_step
+        if step == self._last_step or self.pruner is None:
+            return
+        due = any(self.schedule.is_event(s) for s in range(self._last_step + 1, step + 1))
+        self._last_step = step
+        if not due:
+            return
+        moved = self.pruner.step(self.schedule.decay, trainer.optimizers)
+        self._events += 1
+        pl_module.log_dict(
+            {
+                "fiited/live_ratio": self.pruner.live_ratio(),
+                "fiited/bytes": float(sum(table_memory(o.host.engine, o.index).total for o in self.owned)),
+                "fiited/churn": moved.churn,
+                "fiited/revived": float(moved.revived_rows),
+                "fiited/dropped": float(moved.dropped_rows),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must find again; utilities and rows are part of the module's state."""
+        return {
+            "events": self._events,
+            "target": self.target,
+            "budget": self.budget,
+            "chunks": self.granularity.chunks,
+            "layout": self.granularity.layout,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting events.
+
+        Raises:
+            SetupError: If the checkpoint was cut differently.
+        """
+        saved = (state_dict["chunks"], state_dict["layout"])
+        if saved != (self.granularity.chunks, self.granularity.layout):
+            raise SetupError(
+                f"{self.state_key}: the checkpoint was written with chunks={saved[0]}, layout={saved[1]!r}; this run has"
+                f" chunks={self.granularity.chunks}, layout={self.granularity.layout!r}. Use the saved settings"
+            )
+        self._events = int(state_dict["events"])

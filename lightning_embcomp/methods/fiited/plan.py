@@ -1,0 +1,208 @@
+"""From utilities to a plan: the chunks that each row keeps, and the codes that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.methods.fiited.functional import (
+    BINS,
+    Cells,
+    allocate,
+    bin_values,
+    chunk_factors,
+    histogram,
+    with_hysteresis,
+)
+
+ReadRows = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Maps a row range to present codes, uint8 ``(n,)``, and utilities, bfloat16 ``(n, parts)``."""
+
+
+class NonFiniteUtilityError(RuntimeError):
+    """Utilities of a table are NaN or infinite: gradients were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A table that competes for bytes.
+
+    Args:
+        table: The logical table.
+        read: Its codes and utilities.
+        chunk_bytes: Bytes of one chunk of one row.
+        row_bytes: Bytes that a row with any live chunk costs beside its chunks (row-wise optimizer state).
+        weight: Factor on its utilities, so that tables compare.
+    """
+
+    table: LogicalTable
+    read: ReadRows
+    chunk_bytes: int
+    row_bytes: int
+    weight: float = 1.0
+
+
+class TablePlan:
+    """New codes of one table, from a lookup table over (state, utility) and one partly filled cell.
+
+    A *state* is the present code of a row (layout ``prefix``) or whether a chunk is live (layout ``chunks``).
+
+    Args:
+        table: The logical table.
+        read: Its codes and utilities.
+        keep: Chunks to keep, uint8 ``(parts, states, 32768)``; in layout ``chunks`` 0 or 1 per part.
+        partial: ``(part, state, bin, rows)``: the first so many rows of that cell get one chunk more; None for none.
+    """
+
+    def __init__(
+        self, table: LogicalTable, read: ReadRows, keep: Tensor, partial: tuple[int, int, int, int] | None
+    ) -> None:
+        self._table, self._read, self._keep, self._partial = table, read, keep, partial
+        self._seen = 0
+
+    def begin(self) -> None:
+        """Start at the first row."""
+        self._seen = 0
+
+    def codes(self, start: int, stop: int, current: Tensor) -> Tensor:
+        """New codes of the rows, uint8."""
+        _, utility = self._read(start, stop)
+        bins = utility.contiguous().view(torch.int16).long()
+        codes = torch.zeros(stop - start, dtype=torch.uint8)
+        for part in range(self._keep.shape[0]):
+            state = current.long() if self._table.layout == "prefix" else (current.long() >> part) & 1
+            kept = self._keep[part].view(-1)[state * BINS + bins[:, part]]
+            if self._partial is not None and self._partial[0] == part:
+                kept = kept + self._granted(state, bins[:, part]).to(torch.uint8)
+            codes |= kept if self._table.layout == "prefix" else kept << part
+        return codes
+
+    def _granted(self, state: Tensor, bins: Tensor) -> Tensor:
+        assert self._partial is not None
+        _, wanted_state, wanted_bin, rows = self._partial
+        mine = (state == wanted_state) & (bins == wanted_bin)
+        granted = mine & (mine.long().cumsum(0) + self._seen <= rows)
+        self._seen += int(mine.sum())
+        return granted
+
+
+class EnginePlan:
+    """The plans of all tables of one engine, in the engine's order."""
+
+    def __init__(self, tables: Sequence[TablePlan]) -> None:
+        self._tables = list(tables)
+
+    def begin(self) -> None:
+        """Start at the first row of every table."""
+        for table in self._tables:
+            table.begin()
+
+    def codes(self, table: int, start: int, stop: int, current: Tensor) -> Tensor:
+        """New codes of the rows of a table."""
+        return self._tables[table].codes(start, stop, current)
+
+
+@dataclass(frozen=True)
+class _TableCells:
+    """Histogram cells of one table: (part, state, bin, chunk) with how many chunks each holds."""
+
+    part: Tensor
+    state: Tensor
+    bin: Tensor
+    chunk: Tensor
+    cells: Cells
+    n_states: int
+    parts: int
+
+
+def solve(contenders: Sequence[Contender], budget: int, *, falloff: float, hysteresis: float) -> list[TablePlan]:
+    """Spend a byte budget on the most useful chunks of all given tables.
+
+    Args:
+        contenders: Tables that share the budget.
+        budget: Bytes for weights, plus row-wise state where ``row_bytes`` counts it.
+        falloff: Worth of a chunk relative to the one before it, layout ``prefix``.
+        hysteresis: Margin in favour of live chunks.
+
+    Returns:
+        One plan per contender.
+
+    Raises:
+        NonFiniteUtilityError: If a table's utilities are not finite.
+    """
+    per_table = [_cells(contender, falloff, hysteresis) for contender in contenders]
+    everything = Cells(
+        value=torch.cat([c.cells.value for c in per_table]),
+        cost=torch.cat([c.cells.cost for c in per_table]),
+        count=torch.cat([c.cells.count for c in per_table]),
+        live=torch.cat([c.cells.live for c in per_table]),
+        order=torch.cat([c.cells.order for c in per_table]),
+    )
+    kept = allocate(everything, budget)
+    plans, first = [], 0
+    for contender, cells in zip(contenders, per_table, strict=True):
+        plans.append(_table_plan(contender, cells, kept[first : first + cells.part.numel()]))
+        first += cells.part.numel()
+    return plans
+
+
+def mean_utility(contender: Contender) -> float:
+    """Mean utility of a table's rows, over all parts."""
+    total = 0.0
+    for start, stop in slabs(contender.table.rows):
+        total += float(contender.read(start, stop)[1].double().sum())
+    return total / contender.table.rows
+
+
+def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCells:
+    table = contender.table
+    prefix = table.layout == "prefix"
+    parts, n_states = (1, table.codes) if prefix else (table.chunks, 2)
+    counts = torch.zeros(parts, n_states, BINS, dtype=torch.int64)
+    for start, stop in slabs(table.rows):
+        codes, utility = contender.read(start, stop)
+        if not bool(torch.isfinite(utility).all()):
+            raise NonFiniteUtilityError(
+                f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
+                " pruning event. Lower the learning rate, or clip gradients"
+            )
+        for part in range(parts):
+            states = codes if prefix else (codes >> part) & 1
+            counts[part] += histogram(utility[:, part], states, n_states)
+    part, state, bin_ = counts.nonzero(as_tuple=True)
+    count = counts[part, state, bin_]
+    steps = table.chunks if prefix else 1
+    chunk = torch.arange(steps).repeat(part.numel())
+    part, state, bin_, count = (t.repeat_interleave(steps) for t in (part, state, bin_, count))
+    factor = chunk_factors(steps, falloff)[chunk] if prefix else torch.ones(chunk.numel(), dtype=torch.float64)
+    live = chunk < state if prefix else state == 1
+    # Row-wise state is paid with a row's first chunk. Without prefixes any chunk may be the first: charge each, so that
+    # the budget holds.
+    pays_for_row = (chunk == 0) if prefix else torch.ones_like(live)
+    cells = Cells(
+        value=with_hysteresis(bin_values()[bin_] * contender.weight * factor, live, hysteresis),
+        cost=contender.chunk_bytes + contender.row_bytes * pays_for_row.long(),
+        count=count,
+        live=live,
+        order=chunk,
+    )
+    return _TableCells(part, state, bin_, chunk, cells, n_states, parts)
+
+
+def _table_plan(contender: Contender, cells: _TableCells, kept: Tensor) -> TablePlan:
+    keep = torch.zeros(cells.parts, cells.n_states, BINS, dtype=torch.uint8)
+    whole = kept == cells.cells.count
+    keep.index_put_(
+        (cells.part[whole], cells.state[whole], cells.bin[whole]),
+        torch.ones(int(whole.sum()), dtype=torch.uint8),
+        accumulate=True,
+    )
+    partial = None
+    for i in ((kept > 0) & ~whole).nonzero().flatten().tolist():
+        partial = (int(cells.part[i]), int(cells.state[i]), int(cells.bin[i]), int(kept[i]))
+    return TablePlan(contender.table, contender.read, keep, partial)

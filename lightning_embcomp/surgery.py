@@ -1,0 +1,221 @@
+"""Put the engine in the place of embedding modules, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
+
+from lightning_embcomp.engine.hosts import (
+    RoutedEmbedding,
+    RoutedEmbeddingBag,
+    RoutedEmbeddingBagCollection,
+    RoutedEmbeddingCollection,
+    RoutedHost,
+    warm_start,
+)
+from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
+from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
+from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.tables import HostView, TableView, in_backward_optimizer
+
+PLAIN_TABLE = "table"
+"""Name of the table inside the engine of a stand-alone embedding."""
+
+
+class UnsupportedTableError(ValueError):
+    """A table uses a feature that the engine does not have."""
+
+
+def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], device: torch.device) -> RoutedHost:
+    """Make the routed stand-in of an embedding module; it has no storage yet.
+
+    Args:
+        host: The module to replace.
+        cuts: Chunks and layout by unique table name; tables that are not listed stay whole.
+        device: Device of the tables.
+
+    Returns:
+        A module with the interface of the one it replaces.
+
+    Raises:
+        UnsupportedTableError: If the module uses something that the engine does not have.
+        UnsupportedOptimizerError: If its fused optimizer is not supported.
+        ValueError: If a table cannot be cut that way.
+    """
+    module = host.module
+    logical = [_logical(table, cuts) for table in host.tables]
+    _check_supported(host)
+    options = RoutedOptions(
+        optimizer=_optimizer(host), dtype=_dtype(host), device=device, sparse=bool(getattr(module, "sparse", False))
+    )
+    feature_tables = [t for t, table in enumerate(host.tables) for _ in (table.features or ("",))]
+    mean = [host.tables[t].mean for t in feature_tables]
+    engine = RoutedEmbeddings(logical, feature_tables, mean, options)
+    if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
+        return RoutedEmbeddingBagCollection(
+            engine, module.embedding_bag_configs(), is_weighted=module.is_weighted()
+        )
+    if isinstance(module, EmbeddingCollection | FusedEmbeddingCollection):
+        return RoutedEmbeddingCollection(engine, module.embedding_configs(), need_indices=module.need_indices())
+    if isinstance(module, nn.EmbeddingBag):
+        return RoutedEmbeddingBag(
+            engine, include_last_offset=module.include_last_offset, padding_idx=module.padding_idx
+        )
+    assert isinstance(module, nn.Embedding)
+    return RoutedEmbedding(engine, padding_idx=module.padding_idx)
+
+
+def fill(routed: RoutedHost, table: int, host: HostView) -> None:
+    """Give the live rows of a table their first values: those of the plain table, or of its initialiser.
+
+    A table on the meta device is initialised in place, live weights only; the full table never exists.
+
+    Args:
+        routed: Stand-in of ``host``.
+        table: Index of the table.
+        host: The module that was replaced.
+    """
+    view = host.tables[table]
+    assert view.weight is not None
+    if view.weight.device.type != "meta":
+        warm_start(routed.engine, {table: view.weight.detach()})
+    else:
+        routed.engine.initialise(table, _initialiser(host, view))
+
+
+def replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another, wherever the root refers to the old one.
+
+    A module that several paths share is replaced at all of them.
+    """
+    old = root.get_submodule(path)
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = module
+    module.train(old.training)
+
+
+def to_plain(routed: RoutedHost) -> nn.Module:
+    """Write the tables back to an ordinary, full-size module; columns without storage are zero.
+
+    Args:
+        routed: The stand-in.
+
+    Returns:
+        ``EmbeddingBagCollection``, ``EmbeddingCollection``, ``nn.EmbeddingBag`` or ``nn.Embedding``.
+    """
+    engine = routed.engine
+    device, dtype = engine.options.device, engine.options.dtype
+    if isinstance(routed, RoutedEmbeddingBagCollection):
+        bags = EmbeddingBagCollection(routed.embedding_bag_configs(), is_weighted=routed.is_weighted(), device=device)
+        for t, config in enumerate(routed.embedding_bag_configs()):
+            write_table(engine, t, bags.embedding_bags[config.name].weight)
+        return bags
+    if isinstance(routed, RoutedEmbeddingCollection):
+        single = EmbeddingCollection(routed.embedding_configs(), device=device, need_indices=routed.need_indices())
+        for t, config in enumerate(routed.embedding_configs()):
+            write_table(engine, t, single.embeddings[config.name].weight)
+        return single
+    rows, dim = engine.tables[0].rows, engine.tables[0].dim
+    plain: nn.EmbeddingBag | nn.Embedding
+    if isinstance(routed, RoutedEmbeddingBag):
+        plain = nn.EmbeddingBag(
+            rows,
+            dim,
+            mode="mean" if engine.mean[0] else "sum",
+            include_last_offset=routed.include_last_offset,
+            padding_idx=routed.padding_idx,
+            sparse=engine.options.sparse,
+            device=device,
+            dtype=dtype,
+        )
+    elif isinstance(routed, RoutedEmbedding):
+        plain = nn.Embedding(
+            rows, dim, padding_idx=routed.padding_idx, sparse=engine.options.sparse, device=device, dtype=dtype
+        )
+    else:
+        raise TypeError(f"{type(routed).__name__} has no plain counterpart")
+    write_table(engine, 0, plain.weight)
+    return plain
+
+
+@torch.no_grad()
+def write_table(engine: RoutedEmbeddings, table: int, weight: Tensor) -> None:
+    """Write a logical table into full-size weights ``(R, D)``."""
+    for start, stop in slabs(engine.tables[table].rows):
+        weight[start:stop] = engine.read_rows(table, start, stop)
+
+
+def _logical(table: TableView, cuts: Mapping[str, tuple[int, ChunkLayout]]) -> LogicalTable:
+    chunks, layout = cuts.get(table.name, (1, "prefix"))
+    return LogicalTable(name=table.key or PLAIN_TABLE, rows=table.rows, dim=table.dim, chunks=chunks, layout=layout)
+
+
+def _check_supported(host: HostView) -> None:
+    module = host.module
+    if not isinstance(module, nn.EmbeddingBag | nn.Embedding):
+        return
+    for option in ("max_norm", "scale_grad_by_freq"):
+        if getattr(module, option):
+            raise UnsupportedTableError(
+                f"table {host.path!r} uses {option}, which the engine does not have: leave the table out of the callback"
+            )
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        raise UnsupportedTableError(
+            f"table {host.path!r} is pooled by max; the engine pools by sum or mean: leave the table out of the callback"
+        )
+    if not module.weight.requires_grad:
+        raise UnsupportedTableError(f"table {host.path!r} is frozen: leave it out of the callback")
+
+
+def _dtype(host: HostView) -> torch.dtype:
+    dtypes = {table.weight.dtype for table in host.tables if table.weight is not None}
+    if len(dtypes) != 1:
+        raise UnsupportedTableError(
+            f"{host.path!r} mixes table dtypes {sorted(map(str, dtypes))}: put each dtype into a collection of its own"
+        )
+    dtype = dtypes.pop()
+    if dtype not in (torch.float32, torch.float16):
+        raise UnsupportedTableError(f"{host.path!r} holds {dtype} tables; float32 and float16 are supported")
+    return dtype
+
+
+def _optimizer(host: HostView) -> FusedOptimizerSpec | None:
+    module = host.module
+    if isinstance(module, FusedEmbeddingBagCollection | FusedEmbeddingCollection):
+        return FusedOptimizerSpec.from_torch(module.optimizer_type(), module.optimizer_kwargs(), host.tables[0].name)
+    specs = []
+    for table in host.tables:
+        attached = in_backward_optimizer(table.weight)
+        specs.append(FusedOptimizerSpec.from_torch(*attached, table.name) if attached else None)
+    if any(spec != specs[0] for spec in specs):
+        raise UnsupportedOptimizerError(
+            f"the tables of {host.path!r} have different optimizers in backward: put each optimizer into a collection of"
+            " its own"
+        )
+    return specs[0]
+
+
+def _initialiser(host: HostView, table: TableView) -> Callable[[Tensor], Any]:
+    """Initialiser of a table that was never materialised."""
+    module = host.module
+    if isinstance(module, nn.EmbeddingBag | nn.Embedding):
+        return nn.init.normal_
+    configs = (
+        module.embedding_bag_configs()
+        if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection)
+        else module.embedding_configs()  # type: ignore[operator]
+    )
+    config: EmbeddingBagConfig = next(config for config in configs if config.name == table.key)
+    if isinstance(module, FusedEmbeddingBagCollection | FusedEmbeddingCollection) or config.init_fn is None:
+        low, high = config.get_weight_init_min(), config.get_weight_init_max()
+        return lambda weight: weight.uniform_(low, high)
+    return config.init_fn

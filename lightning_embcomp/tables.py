@@ -1,0 +1,182 @@
+"""Find the embedding tables of any module: one view over TorchRec's collections and PyTorch's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
+
+from lightning_embcomp.engine.hosts import RoutedHost
+
+PLAIN_HOSTS = (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    FusedEmbeddingBagCollection,
+    FusedEmbeddingCollection,
+    nn.EmbeddingBag,
+    nn.Embedding,
+)
+
+
+class UnknownTableError(ValueError):
+    """A table pattern matches nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableView:
+    """One embedding table as the user configured it.
+
+    Args:
+        host: Path of the module that holds it, from the root.
+        key: Its name inside a collection; empty for a plain embedding.
+        rows: Logical rows.
+        dim: Columns.
+        weight: Full weights, possibly on the meta device; None if an engine holds the table.
+        mean: Whether bags are averaged.
+        features: Feature names, empty for plain embeddings.
+    """
+
+    host: str
+    key: str
+    rows: int
+    dim: int
+    weight: torch.Tensor | None
+    mean: bool = False
+    features: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique name: path of the module, and the table's own name in a collection."""
+        return ".".join(part for part in (self.host, self.key) if part)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches the unique name or the table's own name."""
+        return any(fnmatchcase(name, pattern) for name in (self.name, self.key, self.host.rpartition(".")[2]) if name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostView:
+    """A module that holds embedding tables.
+
+    Args:
+        path: Its path from the root.
+        module: The module.
+        tables: Its tables, in order.
+    """
+
+    path: str
+    module: nn.Module
+    tables: tuple[TableView, ...]
+
+
+def find_hosts(root: nn.Module) -> list[HostView]:
+    """Collect all modules that hold embedding tables, in the order of ``named_modules``.
+
+    Args:
+        root: Module to search.
+
+    Returns:
+        Collections and stand-alone embeddings; embeddings inside a collection belong to the collection.
+
+    Example:
+        >>> root = nn.ModuleDict({"user": nn.Embedding(5, 4)})
+        >>> [table.name for host in find_hosts(root) for table in host.tables]
+        ['user']
+    """
+    hosts: list[HostView] = []
+    inside: list[str] = []
+    for path, module in root.named_modules():
+        if any(path.startswith(parent + ".") for parent in inside):
+            continue
+        if isinstance(module, (*PLAIN_HOSTS, RoutedHost)):
+            hosts.append(HostView(path=path, module=module, tables=_tables(path, module)))
+            inside.append(path)
+    return hosts
+
+
+def select_tables(hosts: Sequence[HostView], patterns: Sequence[str], who: str) -> list[TableView]:
+    """Tables that match any of the patterns.
+
+    Args:
+        hosts: Modules to choose from.
+        patterns: Globs; ``*`` matches every table.
+        who: Name of the caller for the error.
+
+    Returns:
+        Matching tables in order.
+
+    Raises:
+        UnknownTableError: If a pattern matches no table.
+    """
+    tables = [table for host in hosts for table in host.tables]
+    names = ", ".join(table.name for table in tables) or "none: the model holds no embedding tables"
+    for pattern in patterns:
+        if not any(table.matches(pattern) for table in tables):
+            raise UnknownTableError(f"{who}: no embedding table matches {pattern!r}. Tables of the model: {names}")
+    return [table for table in tables if any(table.matches(pattern) for pattern in patterns)]
+
+
+def in_backward_optimizer(weight: Any) -> tuple[type[torch.optim.Optimizer], Mapping[str, Any]] | None:  # noqa: ANN401
+    """Optimizer that ``apply_optimizer_in_backward`` attached to a parameter, None without one.
+
+    Raises:
+        ValueError: If it has several.
+    """
+    classes, options = getattr(weight, "_optimizer_classes", None), getattr(weight, "_optimizer_kwargs", None)
+    if not classes:
+        return None
+    if len(classes) > 1:
+        raise ValueError(f"a table has {len(classes)} optimizers applied in backward; one is supported")
+    return classes[0], (options or [{}])[0]
+
+
+def _tables(path: str, module: nn.Module) -> tuple[TableView, ...]:
+    if isinstance(module, RoutedHost):
+        bare = not hasattr(module, "_configs")
+        return tuple(
+            TableView(host=path, key="" if bare else t.name, rows=t.rows, dim=t.dim, weight=None)
+            for t in module.engine.tables
+        )
+    if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
+        return tuple(
+            TableView(
+                host=path,
+                key=config.name,
+                rows=config.num_embeddings,
+                dim=config.embedding_dim,
+                weight=module.embedding_bags[config.name].weight,
+                mean=config.pooling == PoolingType.MEAN,
+                features=tuple(config.feature_names),
+            )
+            for config in module.embedding_bag_configs()
+        )
+    if isinstance(module, EmbeddingCollection | FusedEmbeddingCollection):
+        return tuple(
+            TableView(
+                host=path,
+                key=config.name,
+                rows=config.num_embeddings,
+                dim=config.embedding_dim,
+                weight=module.embeddings[config.name].weight,
+                features=tuple(config.feature_names),
+            )
+            for config in module.embedding_configs()
+        )
+    assert isinstance(module, nn.EmbeddingBag | nn.Embedding)
+    return (
+        TableView(
+            host=path,
+            key="",
+            rows=module.num_embeddings,
+            dim=module.embedding_dim,
+            weight=module.weight,
+            mean=isinstance(module, nn.EmbeddingBag) and module.mode == "mean",
+        ),
+    )
