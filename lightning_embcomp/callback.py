@@ -108,8 +108,8 @@ class CompressionCallback(pl.Callback):
         for table in self.owned:
             if id(table.host) not in present:
                 raise SetupError(
-                    f"{self.state_key}: table {table.name!r} was rebuilt after setup. configure_model must do nothing when"
-                    " it is called again: return early if the model exists"
+                    f"{self.state_key}: table {table.name!r} was rebuilt after setup. configure_model must do nothing"
+                    " when it is called again: return early if the model exists"
                 )
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -153,9 +153,7 @@ def _install(trainer: pl.Trainer, pl_module: pl.LightningModule, hosts: Sequence
             continue
         routed = build_host(host, cuts, pl_module.device)
         engine = routed.engine
-        engine.move(
-            FixedPlan([0 if mine else t.full_code for mine, t in zip(claimed, engine.tables, strict=True)])
-        )
+        engine.move(FixedPlan([0 if mine else t.full_code for mine, t in zip(claimed, engine.tables, strict=True)]))
         engine.clear_row_state()
         routed.__dict__["_sources"] = {}
         for t, mine in enumerate(claimed):
@@ -197,6 +195,6 @@ def _check_same_cuts(host: HostView, cuts: Cuts) -> None:
         if wanted is not None and wanted != (table.chunks, table.layout):
             raise SetupError(
                 f"table {view.name!r} is already stored in {table.chunks} chunks with layout {table.layout!r}, but"
-                f" {wanted[0]} chunks with layout {wanted[1]!r} are asked for: use the settings of the first run, or start"
-                " from a plain module"
+                f" {wanted[0]} chunks with layout {wanted[1]!r} are asked for: use the settings of the first run, or"
+                " start from a plain module"
             )

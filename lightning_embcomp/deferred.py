@@ -16,7 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
-_FACTORIES = {torch.empty, torch.zeros}  # what embedding modules allocate tables with; small tensors come from torch.tensor
+_FACTORIES = {
+    torch.empty,
+    torch.zeros,
+}  # what embedding modules allocate tables with; small tensors come from torch.tensor
 
 
 class DeferredTableError(RuntimeError):
@@ -24,7 +27,7 @@ class DeferredTableError(RuntimeError):
 
 
 class _Deferral(TorchFunctionMode):
-    """Inside table constructors: create tensors on the meta device. Outside: refuse in-place changes of such tensors."""
+    """Inside table constructors: create tensors on the meta device. Outside: refuse in-place changes of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +54,8 @@ def _refuse_in_place(func: Callable[..., Any], args: Sequence[Any]) -> None:
     changed = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
     if changes and changed is not None and changed.is_meta:
         raise DeferredTableError(
-            f"{name} on an embedding table of shape {tuple(changed.shape)} that is not allocated yet: its values would be"
-            " lost. Give the initialiser to the table instead (init_fn of EmbeddingBagConfig), or build the model in"
+            f"{name} on an embedding table of shape {tuple(changed.shape)} that is not allocated yet: its values would"
+            " be lost. Give the initialiser to the table instead (init_fn of EmbeddingBagConfig), or build the model in"
             " __init__, where tables exist in full"
         )
 
@@ -77,13 +80,13 @@ def deferred_tables() -> Iterator[None]:
     originals = [cls.__init__ for cls in patched]
     deferral = _Deferral()
     for cls, original in zip(patched, originals, strict=True):
-        cls.__init__ = _counted(original, deferral)  # type: ignore[method-assign]
+        cls.__init__ = _counted(original, deferral)
     try:
         with deferral:
             yield
     finally:
         for cls, original in zip(patched, originals, strict=True):
-            cls.__init__ = original  # type: ignore[method-assign]
+            cls.__init__ = original
 
 
 def _counted(original: Callable[..., None], deferral: _Deferral) -> Callable[..., None]:

@@ -59,9 +59,7 @@ def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], devi
     mean = [host.tables[t].mean for t in feature_tables]
     engine = RoutedEmbeddings(logical, feature_tables, mean, options)
     if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
-        return RoutedEmbeddingBagCollection(
-            engine, module.embedding_bag_configs(), is_weighted=module.is_weighted()
-        )
+        return RoutedEmbeddingBagCollection(engine, module.embedding_bag_configs(), is_weighted=module.is_weighted())
     if isinstance(module, EmbeddingCollection | FusedEmbeddingCollection):
         return RoutedEmbeddingCollection(engine, module.embedding_configs(), need_indices=module.need_indices())
     if isinstance(module, nn.EmbeddingBag):
@@ -166,11 +164,11 @@ def _check_supported(host: HostView) -> None:
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option):
             raise UnsupportedTableError(
-                f"table {host.path!r} uses {option}, which the engine does not have: leave the table out of the callback"
+                f"table {host.path!r} uses {option}, which the engine does not have: leave it out of the callback"
             )
     if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
         raise UnsupportedTableError(
-            f"table {host.path!r} is pooled by max; the engine pools by sum or mean: leave the table out of the callback"
+            f"table {host.path!r} is pooled by max; the engine pools by sum or mean: leave it out of the callback"
         )
     if not module.weight.requires_grad:
         raise UnsupportedTableError(f"table {host.path!r} is frozen: leave it out of the callback")
@@ -198,8 +196,8 @@ def _optimizer(host: HostView) -> FusedOptimizerSpec | None:
         specs.append(FusedOptimizerSpec.from_torch(*attached, table.name) if attached else None)
     if any(spec != specs[0] for spec in specs):
         raise UnsupportedOptimizerError(
-            f"the tables of {host.path!r} have different optimizers in backward: put each optimizer into a collection of"
-            " its own"
+            f"the tables of {host.path!r} have different optimizers in backward: put each optimizer into a"
+            " collection of its own"
         )
     return specs[0]
 

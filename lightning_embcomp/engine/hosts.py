@@ -89,7 +89,7 @@ class RoutedFusedOptimizer(FusedOptimizer):
         rates = {rows.learning_rate for rows in engine.classes if isinstance(rows, FusedRows)}
         super().__init__({}, {}, [{"params": [], "lr": rates.pop()}])
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # noqa: ANN401
         """Push the learning rate; the rows were updated in the backward pass."""
         self._engine.set_learning_rate(cast("list[dict[str, float]]", self.param_groups)[0]["lr"])
 
@@ -252,7 +252,7 @@ class RoutedEmbeddingBag(RoutedHost):
             offsets = kept_before[offsets.long()]
             input = input[kept]
             per_sample_weights = None if per_sample_weights is None else per_sample_weights[kept]
-        return self.engine(input, offsets, per_sample_weights)  # type: ignore[no-any-return]
+        return self.engine(input, offsets, per_sample_weights)
 
 
 class RoutedEmbedding(RoutedHost):

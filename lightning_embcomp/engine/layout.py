@@ -65,7 +65,7 @@ class LogicalTable:
             )
         if self.codes > _MAX_CODES:
             raise ValueError(
-                f"layout {self.layout!r} with {self.chunks} chunks needs {self.codes} row codes for table {self.name!r};"
+                f"layout {self.layout!r} with {self.chunks} chunks needs {self.codes} codes for table {self.name!r}:"
                 f" at most {_MAX_CODES} are supported: use fewer chunks"
                 + (" or layout 'prefix'" if self.layout == "chunks" else "")
             )

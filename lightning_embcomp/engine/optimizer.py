@@ -41,7 +41,9 @@ class FusedOptimizerSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_torch(cls, optimizer: type[torch.optim.Optimizer], options: Mapping[str, Any], table: str) -> FusedOptimizerSpec:
+    def from_torch(
+        cls, optimizer: type[torch.optim.Optimizer], options: Mapping[str, Any], table: str
+    ) -> FusedOptimizerSpec:
         """Translate what TorchRec's fused modules and ``apply_optimizer_in_backward`` are given.
 
         Args:
@@ -56,8 +58,8 @@ class FusedOptimizerSpec:
         if kind is None:
             known = ", ".join(sorted(known.__name__ for known in _TORCH))
             raise UnsupportedOptimizerError(
-                f"table {table!r} is trained by {optimizer.__name__} in the backward pass, which FBGEMM does not offer on"
-                f" every device. Use one of {known} there, or return {optimizer.__name__} from configure_optimizers"
+                f"table {table!r} is trained by {optimizer.__name__} in the backward pass, which FBGEMM does not offer"
+                f" on every device. Use one of {known} there, or return {optimizer.__name__} from configure_optimizers"
             )
         translated = dict(options)
         if "lr" in translated:

@@ -24,7 +24,9 @@ def attach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Opti
         UnmovableStateError: If a state tensor is neither per weight, nor per row, nor a single number.
     """
     for optimizer in optimizers:
-        mine = [rows for rows in classes if any(rows.parameter is p for g in optimizer.param_groups for p in g["params"])]
+        mine = [
+            rows for rows in classes if any(rows.parameter is p for g in optimizer.param_groups for p in g["params"])
+        ]
         template = next((rows for rows in mine if optimizer.state.get(rows.parameter)), None)
         if template is None:
             continue

@@ -15,7 +15,7 @@ from lightning_embcomp.engine.layout import ClassMap, LogicalTable
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.optimizer_state import attach, detach
 from lightning_embcomp.engine.pages import release_prefix
-from lightning_embcomp.engine.plan import FixedPlan, MoveSummary, RowPlan
+from lightning_embcomp.engine.plan import MoveSummary, RowPlan
 from lightning_embcomp.engine.router import Router, slabs
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
 from lightning_embcomp.engine.statistics import RowUtility
@@ -125,7 +125,9 @@ class RoutedEmbeddings(nn.Module):
         features = len(self.feature_tables)
         if (offsets.numel() - 1) % features:
             raise ValueError(f"{offsets.numel() - 1} bags cannot be split over {features} features")
-        return self._lookup(indices, offsets, per_sample_weights, self._pooled_layout((offsets.numel() - 1) // features))
+        return self._lookup(
+            indices, offsets, per_sample_weights, self._pooled_layout((offsets.numel() - 1) // features)
+        )
 
     def lookup_rows(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
         """Look single rows up, unpooled; all features must have the same dim.
@@ -157,7 +159,7 @@ class RoutedEmbeddings(nn.Module):
             if rules is not None:
                 if training:
                     self._count_step()
-                return _DirectLookup.apply(call, rules, anchor)  # type: ignore[no-any-return]
+                return _DirectLookup.apply(call, rules, anchor)
             batch = route(indices, offsets, layout, self.router.tensors, len(self.classes))
         except IdOutOfRangeError as error:
             table = self.tables[self.feature_tables[error.feature]]
@@ -328,7 +330,9 @@ class RoutedEmbeddings(nn.Module):
             mine = codes == code
             if bool(mine.any()):
                 storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
-                kept = torch.cat([values[mine][:, first : first + n] for first, n in self.tables[table].columns_of(code)], 1)
+                kept = torch.cat(
+                    [values[mine][:, first : first + n] for first, n in self.tables[table].columns_of(code)], 1
+                )
                 storage[slots[mine].long()] = kept.to(storage.dtype)
 
     @torch.no_grad()
@@ -393,7 +397,9 @@ class RoutedEmbeddings(nn.Module):
         """
         for rows in self.classes:
             if not isinstance(rows, FusedRows):
-                raise RuntimeError("these tables are trained by an optimizer of configure_optimizers: set the rate there")
+                raise RuntimeError(
+                    "these tables are trained by an optimizer of configure_optimizers: set the rate there"
+                )
             rows.set_learning_rate(learning_rate)
 
     def flush(self) -> None:

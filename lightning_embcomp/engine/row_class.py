@@ -41,8 +41,13 @@ class Storage:
 class RowClass(Protocol):
     """What the engine needs from a row class."""
 
-    width: int
-    rows: int
+    @property
+    def width(self) -> int:
+        """Stored columns."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the class."""
 
     def storages(self) -> dict[str, Storage]:
         """Tensors of the class, weights first; all of them follow a row when it moves."""
@@ -116,7 +121,8 @@ class FusedRows:
             device=self.device,
             bounds_check_mode=BoundsCheckMode.NONE,  # the router hands out valid slots only
             preallocated_host_buffers={
-                ("weights" if name == WEIGHT else name): storage.tensor.view(-1) for name, storage in self._storages.items()
+                ("weights" if name == WEIGHT else name): storage.tensor.view(-1)
+                for name, storage in self._storages.items()
             },
             **options,
         )

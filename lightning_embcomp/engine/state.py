@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.plan import ReadPlan
-from lightning_embcomp.engine.row_class import WEIGHT, FusedRows
+from lightning_embcomp.engine.row_class import FusedRows
 
 if TYPE_CHECKING:
     from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -142,5 +142,3 @@ def _read_codes(table: LogicalTable, source: dict[str, Any], prefix: str, start:
     for plane in range(planes.shape[1]):
         codes |= ((planes[:, plane : plane + 1] >> bits) & 1).to(torch.uint8) << plane
     return codes.flatten()[: stop - start]
-
-

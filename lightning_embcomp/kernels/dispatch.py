@@ -46,6 +46,7 @@ def force_backend(backend: Backend) -> Iterator[None]:
 
 def cpu_threads() -> int:
     """Threads that a CPU kernel may use: what PyTorch was given, as far as Numba started that many."""
-    threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    started: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    threads = max(1, min(torch.get_num_threads(), started))
     numba.set_num_threads(threads)
     return threads

@@ -15,20 +15,20 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def popcount(typing_context: Any, word: Any) -> Any:  # noqa: ANN401 - Numba's own untyped protocol
+def popcount(typing_context: Any, word: Any) -> Any:
     """Count the set bits of a uint64."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), generate
 
 
 @intrinsic
-def prefetch(typing_context: Any, array: Any, index: Any) -> Any:  # noqa: ANN401
+def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line that holds ``array[index]`` of a one-dimensional array; never faults."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type = signature.args[0]
         view = cgutils.create_struct_proxy(array_type)(context, builder, args[0])
         pointer = builder.bitcast(builder.gep(view.data, [args[1]]), ir.IntType(8).as_pointer())
@@ -39,10 +39,10 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:  # noqa: ANN40
 
 
 @intrinsic
-def prefetch_address(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
+def prefetch_address(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at an address; never faults."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
@@ -50,10 +50,10 @@ def prefetch_address(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
 
 
 @intrinsic
-def load_f32(typing_context: Any, address: Any, index: Any) -> Any:  # noqa: ANN401
+def load_f32(typing_context: Any, address: Any, index: Any) -> Any:
     """Read the ``index``-th float32 after ``address``."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], ir.FloatType().as_pointer())
         return builder.load(builder.gep(pointer, [args[1]]))
 
@@ -61,10 +61,10 @@ def load_f32(typing_context: Any, address: Any, index: Any) -> Any:  # noqa: ANN
 
 
 @intrinsic
-def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:  # noqa: ANN401
+def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
     """Write the ``index``-th float32 after ``address``."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], ir.FloatType().as_pointer())
         builder.store(args[2], builder.gep(pointer, [args[1]]))
         return context.get_dummy_value()
@@ -73,10 +73,10 @@ def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:  # noqa: ANN401
+def copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy ``count`` bytes between addresses that do not overlap."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         cgutils.raw_memcpy(builder, builder.inttoptr(args[0], byte), builder.inttoptr(args[1], byte), args[2], 1)
         return context.get_dummy_value()
@@ -85,10 +85,10 @@ def copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any
 
 
 @intrinsic
-def zero_bytes(typing_context: Any, target: Any, count: Any) -> Any:  # noqa: ANN401
+def zero_bytes(typing_context: Any, target: Any, count: Any) -> Any:
     """Set ``count`` bytes after an address to zero."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         cgutils.memset(builder, builder.inttoptr(args[0], byte), args[1], 0)
         return context.get_dummy_value()
@@ -97,26 +97,26 @@ def zero_bytes(typing_context: Any, target: Any, count: Any) -> Any:  # noqa: AN
 
 
 @intrinsic
-def float_bits(typing_context: Any, value: Any) -> Any:  # noqa: ANN401
+def float_bits(typing_context: Any, value: Any) -> Any:
     """Reinterpret a float32 as uint32."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
 
 
 @intrinsic
-def bits_float(typing_context: Any, bits: Any) -> Any:  # noqa: ANN401
+def bits_float(typing_context: Any, bits: Any) -> Any:
     """Reinterpret a uint32 as float32."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), generate
 
 
-def _emit_prefetch(builder: Any, pointer: Any) -> None:  # noqa: ANN401
+def _emit_prefetch(builder: Any, pointer: Any) -> None:
     """Emit ``llvm.prefetch`` for reading with high temporal locality."""
     i32 = ir.IntType(32)
     function_type = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])

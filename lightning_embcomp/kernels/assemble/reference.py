@@ -15,7 +15,9 @@ def place(bags: Tensor, offsets: Tensor, layout: BagLayout) -> tuple[Tensor, Ten
     feature = torch.searchsorted(layout.bag_start[1:], bags, right=True)
     row = bags - layout.bag_start[feature] + layout.row_start[feature]
     lengths = offsets.long().diff()[bags]
-    scale = torch.where(layout.mean[feature] == 1, 1.0 / lengths.clamp(min=1), torch.ones_like(lengths, dtype=torch.float))
+    scale = torch.where(
+        layout.mean[feature] == 1, 1.0 / lengths.clamp(min=1), torch.ones_like(lengths, dtype=torch.float)
+    )
     return feature, row, scale
 
 

@@ -198,7 +198,13 @@ def _shared_runs(columns: ClassColumns, before: int, after: int) -> list[tuple[i
                 int(columns.column[j] + columns.length[j]),
             )
             if low < high:
-                runs.append((stored_before + low - int(columns.column[i]), stored_after + low - int(columns.column[j]), high - low))
+                runs.append(
+                    (
+                        stored_before + low - int(columns.column[i]),
+                        stored_after + low - int(columns.column[j]),
+                        high - low,
+                    )
+                )
             stored_after += int(columns.length[j])
         stored_before += int(columns.length[i])
     return runs

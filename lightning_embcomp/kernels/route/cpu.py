@@ -138,9 +138,7 @@ class _Found:
     chunk_bag: np.ndarray
 
 
-def _find_in_chunks(
-    indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int
-) -> _Found:
+def _find_in_chunks(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> _Found:
     ids, bounds = indices.contiguous().numpy(), offsets.contiguous().numpy()
     bag_total = bounds.shape[0] - 1
     chunks = max(1, min(cpu_threads(), bag_total // _BAGS_PER_THREAD))
@@ -214,7 +212,7 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
 
 
 def _starts(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn counts ``(threads, classes)`` into first entries ``(threads + 1, classes)`` and class starts ``(classes + 1)``."""
+    """First entry of each thread and class, ``(threads + 1, classes)``, and of each class, ``(classes + 1)``."""
     class_start = np.concatenate([[0], count.sum(0).cumsum()])
     within = np.concatenate([np.zeros((1, count.shape[1]), np.int64), count.cumsum(0)])
     return within + class_start[:-1], class_start

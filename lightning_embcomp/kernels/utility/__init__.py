@@ -43,7 +43,5 @@ def accumulate_utility(
         kind: What an occurrence contributes.
         seed: Changes from step to step.
     """
-    kernel = (
-        cpu.accumulate_utility if backend_for(utility.device) == "cpu" else reference.accumulate_utility
-    )
+    kernel = cpu.accumulate_utility if backend_for(utility.device) == "cpu" else reference.accumulate_utility
     kernel(utility, row_start, indices, offsets, layout, norms, weights, kind, seed)

@@ -64,7 +64,9 @@ class DimensionPruning(CompressionCallback):
         if scope not in ("global", "table"):
             raise ValueError(f"DimensionPruning: scope must be 'global' or 'table', not {scope!r}")
         if normalize and scope == "table":
-            raise ValueError("DimensionPruning: normalize has no effect with scope='table', where tables do not compete")
+            raise ValueError(
+                "DimensionPruning: normalize has no effect with scope='table', where tables do not compete"
+            )
         self.target = None if target is None else check_target(target)
         self.budget = None if budget is None else parse_bytes(budget)
         self.scope: Scope = scope
@@ -101,7 +103,12 @@ class DimensionPruning(CompressionCallback):
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401 - whatever training_step returns
+        batch: Any,  # noqa: ANN401 - whatever the loader yields
+        batch_idx: int,
     ) -> None:
         """Prune after the optimizer step, when the schedule says so."""
         step = trainer.global_step
@@ -142,7 +149,7 @@ class DimensionPruning(CompressionCallback):
         saved = (state_dict["chunks"], state_dict["layout"])
         if saved != (self.granularity.chunks, self.granularity.layout):
             raise SetupError(
-                f"{self.state_key}: the checkpoint was written with chunks={saved[0]}, layout={saved[1]!r}; this run has"
-                f" chunks={self.granularity.chunks}, layout={self.granularity.layout!r}. Use the saved settings"
+                f"{self.state_key}: the checkpoint was written with chunks={saved[0]}, layout={saved[1]!r}; this run"
+                f" has chunks={self.granularity.chunks}, layout={self.granularity.layout!r}. Use the saved settings"
             )
         self._events = int(state_dict["events"])

@@ -164,7 +164,7 @@ class DimensionPruner:
         if self.budget <= fixed:
             raise BudgetError(
                 f"a budget of {self.budget:,} bytes is not above the {fixed:,} bytes that router and utilities of the"
-                f" {len(self.tables)} selected tables take before any weight is stored: raise it, or select fewer tables"
+                f" {len(self.tables)} selected tables take before any weight is stored: raise it, or select fewer"
             )
 
     def live_ratio(self) -> float:

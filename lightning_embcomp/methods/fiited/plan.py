@@ -171,14 +171,15 @@ def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCel
                 f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
                 " pruning event. Lower the learning rate, or clip gradients"
             )
-        for part in range(parts):
-            states = codes if prefix else (codes >> part) & 1
-            counts[part] += histogram(utility[:, part], states, n_states)
-    part, state, bin_ = counts.nonzero(as_tuple=True)
-    count = counts[part, state, bin_]
+        for index in range(parts):
+            states = codes if prefix else (codes >> index) & 1
+            counts[index] += histogram(utility[:, index], states, n_states)
+    part_of, state_of, bin_of = counts.nonzero(as_tuple=True)
+    count_of = counts[part_of, state_of, bin_of]
     steps = table.chunks if prefix else 1
-    chunk = torch.arange(steps).repeat(part.numel())
-    part, state, bin_, count = (t.repeat_interleave(steps) for t in (part, state, bin_, count))
+    chunk = torch.arange(steps).repeat(part_of.numel())
+    expanded = [cell.repeat_interleave(steps) for cell in (part_of, state_of, bin_of, count_of)]
+    part, state, bin_, count = expanded
     factor = chunk_factors(steps, falloff)[chunk] if prefix else torch.ones(chunk.numel(), dtype=torch.float64)
     live = chunk < state if prefix else state == 1
     # Row-wise state is paid with a row's first chunk. Without prefixes any chunk may be the first: charge each, so that
