@@ -82,7 +82,7 @@ class Router:
         return unpack(self.tensors, table, start, stop)
 
     def write(self, table: int, start: int, codes: Tensor, next_slot: Tensor) -> Tensor:
-        """Set codes of rows from ``start`` on and hand out slots, as :func:`~lightning_embcomp.kernels.relocate.pack` does."""
+        """Set codes from row ``start`` on and hand out slots; see :mod:`lightning_embcomp.kernels.relocate`."""
         return pack(self.tensors, table, start, codes, next_slot)
 
     def check_sizes(self, class_rows: Sequence[int]) -> None:
