@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
 _FACTORIES = {
@@ -76,7 +77,15 @@ def deferred_tables() -> Iterator[None]:
         >>> table.weight.device.type, dense.weight.device.type
         ('meta', 'cpu')
     """
-    patched = (nn.Embedding, nn.EmbeddingBag, FusedEmbeddingBagCollection, FusedEmbeddingCollection)
+    # TorchRec's collections run init_fn in their own constructors, after those of the embeddings inside.
+    patched = (
+        nn.Embedding,
+        nn.EmbeddingBag,
+        EmbeddingBagCollection,
+        EmbeddingCollection,
+        FusedEmbeddingBagCollection,
+        FusedEmbeddingCollection,
+    )
     originals = [cls.__init__ for cls in patched]
     deferral = _Deferral()
     for cls, original in zip(patched, originals, strict=True):

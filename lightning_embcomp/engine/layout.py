@@ -20,7 +20,7 @@ Columns = tuple[tuple[int, int], ...]
 
 LANES = 4
 """FBGEMM tables have widths that are a multiple of this."""
-_MAX_CODES = 64
+_MAX_CODES = 33  # keeps the router within 3 bytes per row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,7 @@ class RoutedEmbeddings(nn.Module):
         self.table_rows = torch.zeros(len(self.tables), len(self.classes), dtype=torch.int64)
         self.utility: RowUtility | None = None
         self._layouts: dict[tuple[int, ...], BagLayout] = {}
+        self._moves = 0
 
     def _new_class(self, width: int) -> RowClass:
         options = self.options
@@ -150,16 +151,18 @@ class RoutedEmbeddings(nn.Module):
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+        _check_extent(indices, offsets, weights)
         training = self.training and torch.is_grad_enabled()
-        call = _Call(self, layout, indices, offsets, weights, self.utility if training else None)
+        call = _Call(self, layout, indices, offsets, weights, self.utility if training else None, self._moves)
         # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
         anchor = torch.zeros((), requires_grad=training)
         try:
             rules = self._direct_rules(weights)
             if rules is not None:
+                found: Tensor = _DirectLookup.apply(call, rules, anchor)
                 if training:
                     self._count_step()
-                return _DirectLookup.apply(call, rules, anchor)
+                return found
             batch = route(indices, offsets, layout, self.router.tensors, len(self.classes))
         except IdOutOfRangeError as error:
             table = self.tables[self.feature_tables[error.feature]]
@@ -241,6 +244,7 @@ class RoutedEmbeddings(nn.Module):
         trained = [rows for rows in self.classes if isinstance(rows, TrainedRows)]
         attach(trained, optimizers)
         counts, summary = self._count(plan)
+        self._moves += 1
         class_rows = counts.sum(0).tolist()
         self.router.check_sizes(class_rows)
         before = [rows.storages() for rows in self.classes]
@@ -281,6 +285,8 @@ class RoutedEmbeddings(nn.Module):
             for start, stop in slabs(table.rows):
                 current, _ = self.router.read(t, start, stop)
                 codes = plan.codes(t, start, stop, current)
+                if int(codes.max()) >= table.codes:
+                    raise ValueError(f"code {int(codes.max())} for table {table.name!r}, which has {table.codes} codes")
                 pairs = torch.bincount(current.int() * table.codes + codes.int(), minlength=table.codes**2)
                 pairs = pairs.view(table.codes, table.codes)
                 for code in range(1, table.codes):
@@ -431,6 +437,18 @@ def _non_empty(storages: dict[str, Any], name: str) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
+def _check_extent(indices: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+    first, last = int(offsets[0]), int(offsets[-1])
+    if (first, last) != (0, indices.numel()):
+        raise ValueError(
+            f"offsets go from {first} to {last}, but must go from 0 to the {indices.numel()} ids of the batch"
+        )
+    if weights is not None and weights.shape != indices.shape:
+        raise ValueError(
+            f"per_sample_weights of shape {tuple(weights.shape)} do not match ids of shape {tuple(indices.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class _Call:
     """What the backward pass of one lookup needs to know."""
@@ -441,9 +459,19 @@ class _Call:
     offsets: Tensor
     weights: Tensor | None
     utility: RowUtility | None
+    moves: int
 
     def observe(self, grad: Tensor) -> None:
-        """Feed the row utilities."""
+        """Feed the row utilities.
+
+        Raises:
+            RuntimeError: If the slots that were looked up are not those of today.
+        """
+        if self.moves != self.engine._moves:
+            raise RuntimeError(
+                "rows have moved (pruning event or load_state_dict) between the lookup and its backward pass: run"
+                " backward first"
+            )
         if self.utility is not None:
             self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights)
 

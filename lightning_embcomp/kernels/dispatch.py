@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-import numba
 import torch
 
 Backend = Literal["reference", "cpu"]
@@ -42,11 +41,3 @@ def force_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
-
-
-def cpu_threads() -> int:
-    """Threads that a CPU kernel may use: what PyTorch was given, as far as Numba started that many."""
-    started: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    threads = max(1, min(torch.get_num_threads(), started))
-    numba.set_num_threads(threads)
-    return threads

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import cpu_threads
+from lightning_embcomp.kernels.compile import threaded, threads_for
 from lightning_embcomp.kernels.intrinsics import load_f32, store_f32
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, RoutedBatch
 
+_BAGS_PER_THREAD = 4096
 _FAST = {"contract", "reassoc", "nsz"}
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False, fastmath=_FAST)
+@threaded(fastmath=_FAST)
 def _assemble(
     out: Any,
     pooled: Any,
@@ -75,7 +76,7 @@ def _assemble(
                 row[:] = np.float32(0.0)
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False, fastmath=_FAST)
+@threaded(fastmath=_FAST)
 def _disassemble(
     grad: Any,
     parts: Any,
@@ -113,7 +114,7 @@ def _disassemble(
                     target += run_length[run]
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False, fastmath=_FAST)
+@threaded(fastmath=_FAST)
 def _bag_norms(
     grad: Any,
     norms: Any,
@@ -155,12 +156,12 @@ def assemble(
     pooled: Sequence[Tensor | None], offsets: Tensor, batch: RoutedBatch, layout: BagLayout, columns: ClassColumns
 ) -> Tensor:
     """Numba twin of :func:`lightning_embcomp.kernels.assemble.reference.assemble`."""
-    cpu_threads()
     pooled = [None if rows is None else rows.detach().float().contiguous() for rows in pooled]
     # Columns between features are never written by the kernel, so only an exact tiling may start uninitialised.
     tiled = int(layout.width.sum()) == layout.shape[1] or layout.row_start.any()
     out = (torch.empty if tiled else torch.zeros)(layout.shape, dtype=torch.float32)
     _assemble(
+        batch.chunk_bag.numel() - 1,
         out.numpy(),
         _addresses(pooled),
         offsets.contiguous().numpy(),
@@ -185,12 +186,12 @@ def disassemble(
     grad: Tensor, offsets: Tensor, batch: RoutedBatch, layout: BagLayout, columns: ClassColumns
 ) -> list[Tensor | None]:
     """Numba twin of :func:`lightning_embcomp.kernels.assemble.reference.disassemble`."""
-    cpu_threads()
     parts: list[Tensor | None] = []
     for row_class, width in enumerate(columns.width.tolist()):
         bags = batch.bag_start[row_class + 1] - batch.bag_start[row_class]
         parts.append(torch.empty(bags, width) if bags else None)
     _disassemble(
+        batch.chunk_bag.numel() - 1,
         grad.detach().float().contiguous().numpy(),
         _addresses(parts),
         offsets.contiguous().numpy(),
@@ -214,8 +215,10 @@ def bag_norms(grad: Tensor, offsets: Tensor, layout: BagLayout, parts: int) -> T
     """Numba twin of :func:`lightning_embcomp.kernels.assemble.reference.bag_norms`."""
     bags = offsets.numel() - 1
     norms = torch.empty(bags, parts)
-    chunk_bag = np.linspace(0, bags, cpu_threads() + 1).astype(np.int64)
+    threads = threads_for(bags, _BAGS_PER_THREAD)
+    chunk_bag = np.linspace(0, bags, threads + 1).astype(np.int64)
     _bag_norms(
+        threads,
         grad.detach().float().contiguous().numpy(),
         norms.numpy(),
         offsets.contiguous().numpy(),

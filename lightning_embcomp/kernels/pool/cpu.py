@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import cpu_threads
+from lightning_embcomp.kernels.compile import threaded, threads_for
 from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
 
 _AHEAD = 16
 _LINE = 64
+_BAGS_PER_THREAD = 2048
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False, fastmath={"contract", "nsz"})
+@threaded(fastmath={"contract", "nsz"})
 def _pool(
     out: Any,
     tables: Any,
@@ -90,8 +91,10 @@ def pool(
 ) -> Tensor:
     """Numba twin of :func:`lightning_embcomp.kernels.pool.reference.pool`."""
     out = torch.empty(layout.shape, dtype=torch.float32)
-    chunk_bag = np.linspace(0, offsets.numel() - 1, cpu_threads() + 1).astype(np.int64)
+    threads = threads_for(offsets.numel() - 1, _BAGS_PER_THREAD)
+    chunk_bag = np.linspace(0, offsets.numel() - 1, threads + 1).astype(np.int64)
     _pool(
+        threads,
         out.numpy(),
         np.array([table.data_ptr() for table in tables], np.int64),
         routes.row_class.numpy(),

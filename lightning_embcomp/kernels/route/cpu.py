@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import cpu_threads
+from lightning_embcomp.kernels.compile import threaded, threads_for
 from lightning_embcomp.kernels.intrinsics import popcount, prefetch
 from lightning_embcomp.kernels.route.reference import IdOutOfRangeError
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, IdRoutes, RoutedBatch, RouterTensors
@@ -19,7 +19,7 @@ _AHEAD = 16  # ids between a prefetch and its use: about the misses that a core 
 _BAGS_PER_THREAD = 4096  # below this a second thread costs more than it saves
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False)
+@threaded()
 def _find(
     ids: Any,
     offsets: Any,
@@ -85,7 +85,7 @@ def _find(
                     bag_count[chunk, row_class] += 1
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False)
+@threaded()
 def _fill(
     offsets: Any,
     chunk_bag: Any,
@@ -141,7 +141,7 @@ class _Found:
 def _find_in_chunks(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> _Found:
     ids, bounds = indices.contiguous().numpy(), offsets.contiguous().numpy()
     bag_total = bounds.shape[0] - 1
-    chunks = max(1, min(cpu_threads(), bag_total // _BAGS_PER_THREAD))
+    chunks = threads_for(bag_total, _BAGS_PER_THREAD)
     found = _Found(
         id_class=np.empty(ids.shape[0], np.uint8),
         id_slot=np.empty(ids.shape[0], np.int32),
@@ -151,6 +151,7 @@ def _find_in_chunks(indices: Tensor, offsets: Tensor, layout: BagLayout, router:
     )
     bad = np.full(chunks, -1, np.int64)
     _find(
+        chunks,
         ids,
         bounds,
         found.chunk_bag,
@@ -187,6 +188,7 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
     ends = np.arange(classes)
     out_offsets[bag_start[1:] + ends] = np.diff(id_start)
     _fill(
+        found.chunk_bag.shape[0] - 1,
         bounds,
         found.chunk_bag,
         found.id_class,

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import cpu_threads
+from lightning_embcomp.kernels.compile import threaded, threads_for
 from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address, store_f32
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
 from lightning_embcomp.kernels.update.rule import UpdateRule
@@ -25,7 +25,7 @@ _LINE = 64
 _IDS_PER_THREAD = 8192
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False, fastmath={"contract", "reassoc", "nsz"})
+@threaded(fastmath={"contract", "reassoc", "nsz"})
 def _update(
     tables: Any,
     states: Any,
@@ -160,8 +160,9 @@ def update_rows(
     columns: ClassColumns,
 ) -> None:
     """Numba twin of :func:`lightning_embcomp.kernels.update.reference.update_rows`."""
-    threads = max(1, min(cpu_threads(), routes.slot.numel() // _IDS_PER_THREAD))
+    threads = threads_for(routes.slot.numel(), _IDS_PER_THREAD)
     _update(
+        threads,
         np.array([table.data_ptr() for table in tables], np.int64),
         np.array([0 if state is None else state.data_ptr() for state in states], np.int64),
         _KINDS[rule.kind],

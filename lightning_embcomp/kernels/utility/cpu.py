@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import cpu_threads
+from lightning_embcomp.kernels.compile import threaded, threads_for
 from lightning_embcomp.kernels.intrinsics import bits_float, float_bits, prefetch
 from lightning_embcomp.kernels.types import BagLayout
 
 _AHEAD = 16
+_IDS_PER_THREAD = 8192
 _KINDS = {"gradient": 0, "frequency": 1, "peak_gradient": 2}
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -26,7 +27,7 @@ def _hash(seed: Any, position: Any) -> Any:
     return np.uint32((mixed ^ (mixed >> np.uint64(15))) & np.uint64(0xFFFF))
 
 
-@numba.njit(cache=True, parallel=True, boundscheck=False)
+@threaded()
 def _accumulate(
     utility: Any,
     parts: Any,
@@ -80,8 +81,8 @@ def accumulate_utility(
     seed: int,
 ) -> None:
     """Numba twin of :func:`lightning_embcomp.kernels.utility.reference.accumulate_utility`."""
-    cpu_threads()
     _accumulate(
+        threads_for(indices.numel(), _IDS_PER_THREAD),
         utility.view(torch.int16).numpy().view(np.uint16).reshape(-1),
         utility.shape[1],
         row_start.numpy(),

@@ -63,7 +63,7 @@ def accumulate_utility(
     unique, inverse = torch.unique(rows, return_inverse=True)
     before = utility[unique].float()
     if kind == "peak_gradient":
-        after = before.index_reduce(0, inverse, gain, "amax")
+        after = before.scatter_reduce(0, inverse.unsqueeze(1).expand_as(gain), gain, "amax")
         utility[unique] = after.to(torch.bfloat16)
         return
     after = before.index_add(0, inverse, gain)
