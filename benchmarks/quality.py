@@ -99,9 +99,11 @@ def callbacks_for(args: argparse.Namespace) -> list[pl.Callback]:
         layout=args.layout,
         utility=args.utility,
         falloff=args.falloff,
+        prior_occurrences=args.prior,
+        rate_power=args.rate_power,
         hysteresis=args.hysteresis,
     )
-    schedule = PruningSchedule(every_n_steps=args.every, decay=args.decay)
+    schedule = PruningSchedule(every_n_steps=args.every, early_steps=tuple(args.early), decay=args.decay)
     return [
         DimensionPruning(
             target=args.target,
@@ -171,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        val_check_interval=args.check,
         callbacks=[*callbacks_for(args), best],
     )
     started = time.perf_counter()
@@ -328,13 +331,17 @@ def main() -> None:
     one.add_argument("--utility", default="gradient")
     one.add_argument("--scope", default="global")
     one.add_argument("--falloff", type=float, default=0.5)
+    one.add_argument("--prior", type=float, default=Granularity().prior_occurrences)
+    one.add_argument("--rate-power", type=float, default=Granularity().rate_power)
     one.add_argument("--hysteresis", type=float, default=0.1)
     one.add_argument("--every", type=int, default=100)
     one.add_argument("--decay", type=float, default=0.98)
+    one.add_argument("--early", type=int, nargs="*", default=list(PruningSchedule().early_steps))
     one.add_argument("--normalize", action="store_true")
     one.add_argument("--embedding_lr", type=float, default=None)
     one.add_argument("--epochs", type=int, default=12)
-    one.add_argument("--patience", type=int, default=2)
+    one.add_argument("--patience", type=int, default=4)
+    one.add_argument("--check", type=float, default=0.25, help="epochs between validations")
     one.add_argument("--name", default=None)
     one.add_argument("--force", action="store_true")
     one.set_defaults(action=run)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +90,20 @@ class CompressionCallback(pl.Callback):
                 f"{self.state_key}: tables that are updated in the backward pass would drift apart on"
                 f" {trainer.world_size} processes. Train with one process (devices=1)"
             )
-        hosts = _build_model(pl_module, self)
-        _install(trainer, pl_module, hosts)
+        with _unbuilt_on_error(pl_module):
+            _install(trainer, pl_module, _build_model(pl_module, self))
         owned = _owned(pl_module, self)
         if [(o.host, o.index) for o in owned] == [(o.host, o.index) for o in self.owned]:
             return
-        self.owned = owned
         fresh = [o for o in owned if o.index in _sources(o.host)]
         if fresh and len(fresh) != len(owned):
             raise SetupError(f"{self.state_key}: some of its tables were already compressed by an earlier run")
-        self.on_tables_ready(fresh=bool(fresh))
+        self.owned = owned
+        try:
+            self.on_tables_ready(fresh=bool(fresh))
+        except Exception:
+            self.owned = []  # another attempt starts over
+            raise
         for table in fresh:
             fill(table.host, table.index, _sources(table.host).pop(table.index))
 
@@ -111,6 +116,18 @@ class CompressionCallback(pl.Callback):
                     f"{self.state_key}: table {table.name!r} was rebuilt after setup. configure_model must do nothing"
                     " when it is called again: return early if the model exists"
                 )
+        for view in select_tables(find_hosts(pl_module), self.patterns, self.state_key):
+            if view.weight is not None:
+                raise SetupError(
+                    f"{self.state_key}: table {view.name!r} was built after setup, in configure_model, while others"
+                    " are built in __init__: build all of them in one place"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The tables belong to the module: a copy of the callback finds those of its module in setup. Lightning hangs
+        # methods of the module on the callback for logging, anew in every run.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "owned": []}
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Stop before a non-finite loss reaches tables that are updated in the backward pass."""
@@ -119,6 +136,34 @@ class CompressionCallback(pl.Callback):
                 f"the loss is {loss.detach().item()} at step {trainer.global_step}; the tables are unchanged. Lower the"
                 " learning rate, or look for bad values in the batch"
             )
+
+
+@contextmanager
+def _unbuilt_on_error(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Take back what configure_model built: after an error the trainer cannot move tables that were never allocated."""
+    copied = ("_modules", "_parameters", "_buffers")
+    before = {name: dict(value) if name in copied else value for name, value in pl_module.__dict__.items()}
+    try:
+        yield
+    except Exception:
+        if any(parameter.is_meta for parameter in pl_module.parameters()):
+            pl_module.__dict__.clear()
+            pl_module.__dict__.update(before)
+        raise
+
+
+def _check_untied(pl_module: pl.LightningModule, host: HostView) -> None:
+    """Refuse tables whose weights are also used elsewhere: they would drift apart."""
+    mine = {id(table.weight): table.name for table in host.tables}
+    inside = {id(parameter) for parameter in host.module.parameters()}
+    outside = {id(module) for module in pl_module.modules()} - {id(module) for module in host.module.modules()}
+    for path, module in pl_module.named_modules():
+        for name, parameter in module._parameters.items() if id(module) in outside else ():
+            if id(parameter) in mine and id(parameter) in inside:
+                raise SetupError(
+                    f"table {mine[id(parameter)]!r} shares its weights with {f'{path}.{name}'.lstrip('.')}, which would"
+                    " keep the old ones: leave it out of the callback"
+                )
 
 
 def _build_model(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[HostView]:
@@ -151,6 +196,7 @@ def _install(trainer: pl.Trainer, pl_module: pl.LightningModule, hosts: Sequence
             continue
         if not any(claimed):
             continue
+        _check_untied(pl_module, host)
         routed = build_host(host, cuts, pl_module.device)
         engine = routed.engine
         engine.move(FixedPlan([0 if mine else t.full_code for mine, t in zip(claimed, engine.tables, strict=True)]))

@@ -52,6 +52,7 @@ class _Deferral(TorchFunctionMode):
 def _refuse_in_place(func: Callable[..., Any], args: Sequence[Any]) -> None:
     name = getattr(func, "__name__", "")
     changes = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "detach_")
+    changes = changes or name == "__setitem__"
     changed = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
     if changes and changed is not None and changed.is_meta:
         raise DeferredTableError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
@@ -23,7 +24,7 @@ from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
-from lightning_embcomp.tables import HostView, TableView, in_backward_optimizer
+from lightning_embcomp.tables import PLAIN_HOSTS, HostView, TableView, in_backward_optimizer
 
 PLAIN_TABLE = "table"
 """Name of the table inside the engine of a stand-alone embedding."""
@@ -142,6 +143,9 @@ def to_plain(routed: RoutedHost) -> nn.Module:
     else:
         raise TypeError(f"{type(routed).__name__} has no plain counterpart")
     write_table(engine, 0, plain.weight)
+    if isinstance(plain, nn.Embedding) and plain.padding_idx is not None:
+        with torch.no_grad():
+            plain.weight[plain.padding_idx] = 0  # what the engine reads there
     return plain
 
 
@@ -159,19 +163,31 @@ def _logical(table: TableView, cuts: Mapping[str, tuple[int, ChunkLayout]]) -> L
 
 def _check_supported(host: HostView) -> None:
     module = host.module
+
+    def refuse(what: str, name: str = host.path) -> None:
+        raise UnsupportedTableError(f"table {name!r} {what}: leave it out of the callback")
+
+    base = next(kind for kind in PLAIN_HOSTS if isinstance(module, kind))
+    if type(module).forward is not base.forward:
+        refuse(f"is a {type(module).__name__} with a forward of its own, which the engine would replace")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        refuse("has hooks, which the engine would drop")
+    if is_parametrized(module):
+        refuse("has a parametrization, which the engine would drop")
+    if not isinstance(module, FusedEmbeddingBagCollection | FusedEmbeddingCollection):
+        for table in host.tables:
+            if table.weight is not None and not table.weight.requires_grad:
+                refuse("is frozen", table.name)
     if not isinstance(module, nn.EmbeddingBag | nn.Embedding):
         return
     for option in ("max_norm", "scale_grad_by_freq"):
         if getattr(module, option):
-            raise UnsupportedTableError(
-                f"table {host.path!r} uses {option}, which the engine does not have: leave it out of the callback"
-            )
+            refuse(f"uses {option}, which the engine does not have")
     if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
-        raise UnsupportedTableError(
-            f"table {host.path!r} is pooled by max; the engine pools by sum or mean: leave it out of the callback"
-        )
-    if not module.weight.requires_grad:
-        raise UnsupportedTableError(f"table {host.path!r} is frozen: leave it out of the callback")
+        refuse("is pooled by max; the engine pools by sum or mean")
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and not module.weight.is_meta:
+        if bool(module.weight[module.padding_idx].any()):
+            refuse("has values in its padding row, which the engine reads as zero")
 
 
 def _dtype(host: HostView) -> torch.dtype:
@@ -193,7 +209,7 @@ def _optimizer(host: HostView) -> FusedOptimizerSpec | None:
     specs = []
     for table in host.tables:
         attached = in_backward_optimizer(table.weight)
-        specs.append(FusedOptimizerSpec.from_torch(*attached, table.name) if attached else None)
+        specs.append(FusedOptimizerSpec.from_in_backward(*attached, table.name) if attached else None)
     if any(spec != specs[0] for spec in specs):
         raise UnsupportedOptimizerError(
             f"the tables of {host.path!r} have different optimizers in backward: put each optimizer into a"

@@ -93,7 +93,7 @@ def find_hosts(root: nn.Module) -> list[HostView]:
     hosts: list[HostView] = []
     inside: list[str] = []
     for path, module in root.named_modules():
-        if any(path.startswith(parent + ".") for parent in inside):
+        if any(not parent or path.startswith(parent + ".") for parent in inside):
             continue
         if isinstance(module, (*PLAIN_HOSTS, RoutedHost)):
             hosts.append(HostView(path=path, module=module, tables=_tables(path, module)))

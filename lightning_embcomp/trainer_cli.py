@@ -5,15 +5,19 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse.typing import import_object
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_embcomp.report import CheckpointError, open_checkpoint, report_tables
 
 DEFAULT_MODEL = "lightning_embcomp.models.ClickModel"
 DEFAULT_DATA = "lightning_embcomp.data.SyntheticClickLogDataModule"
 DEFAULT_LOGGER = "lightning.pytorch.loggers.CSVLogger"
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
 class EmbCompParser(LightningArgumentParser):
@@ -50,6 +54,23 @@ class EmbCompCLI(LightningCLI):
             parser: Parser of one subcommand.
         """
         parser.set_defaults({"model": {"class_path": DEFAULT_MODEL}, "data": {"class_path": DEFAULT_DATA}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments; a checkpoint file that cannot be read ends the program before anything is built.
+
+        Args:
+            parser: The parser.
+            args: What to parse; None for the arguments of the process.
+        """
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        # Keywords such as `best`, other storage and sharded folders are the trainer's.
+        if path is None or path in _CHECKPOINT_WORDS or "://" in str(path) or Path(path).is_dir():
+            return
+        try:
+            report_tables(open_checkpoint(path), path)
+        except CheckpointError as error:
+            self._parser(self.config.subcommand).error(str(error))
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a setting that one of them refuses ends the program with its message."""

@@ -59,6 +59,7 @@ class RoutedHost(nn.Module):
                     f" {table.name!r} is {(table.rows, table.dim)}"
                 )
                 return
+        missing_keys.extend(prefix + key for t, key in enumerate(self._plain_keys) if t not in found)
         warm_start(self.engine, found)
         # Own kind of keys, so that the engine, which loads next, finds its state and nothing is reported as missing.
         for t in found:
@@ -286,7 +287,10 @@ def in_order(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor
 
     Raises:
         KeyError: If a feature is missing.
+        ValueError: If the features differ in batch size.
     """
+    if features.variable_stride_per_key():
+        raise ValueError("the features of the batch differ in batch size, which these tables do not support")
     keys = features.keys()
     if keys == names:
         return features

@@ -108,10 +108,12 @@ class ClassMap:
     """The row classes of an engine, narrowest first, and the class of every code of every table.
 
     Args:
+        dims: Columns of the logical rows that each class stores; tables of different dim share no class.
         columns: Stored columns of each class.
         class_of_code: Per table the class of each code; -1 for code 0.
     """
 
+    dims: tuple[int, ...]
     columns: tuple[Columns, ...]
     class_of_code: tuple[tuple[int, ...], ...]
 
@@ -125,17 +127,26 @@ class ClassMap:
             >>> ClassMap.of([wide, flat]).class_of_code
             ((-1, 0, 1), (-1, 1))
         """
-        needed = {table.columns_of(code) for table in tables for code in range(1, table.codes)}
-        columns = tuple(sorted(needed, key=lambda runs: (sum(length for _, length in runs), runs)))
-        index = {runs: i for i, runs in enumerate(columns)}
+        needed = {(table.dim, table.columns_of(code)) for table in tables for code in range(1, table.codes)}
+        classes = sorted(needed, key=lambda key: (sum(length for _, length in key[1]), key))
+        index = {key: i for i, key in enumerate(classes)}
         class_of_code = tuple(
-            tuple(-1 if code == 0 else index[table.columns_of(code)] for code in range(table.codes)) for table in tables
+            tuple(-1 if code == 0 else index[table.dim, table.columns_of(code)] for code in range(table.codes))
+            for table in tables
         )
-        return cls(columns=columns, class_of_code=class_of_code)
+        return cls(
+            dims=tuple(dim for dim, _ in classes),
+            columns=tuple(runs for _, runs in classes),
+            class_of_code=class_of_code,
+        )
 
     def width(self, row_class: int) -> int:
         """Stored columns of a class."""
         return sum(length for _, length in self.columns[row_class])
+
+    def share(self, row_class: int) -> float:
+        """Stored over logical columns of a class."""
+        return self.width(row_class) / self.dims[row_class]
 
     def tensors(self, device: torch.device) -> ClassColumns:
         """The same facts as the kernels read them."""

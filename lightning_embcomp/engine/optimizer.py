@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,6 +66,28 @@ class FusedOptimizerSpec:
         if "lr" in translated:
             translated["learning_rate"] = translated.pop("lr")
         return cls(kind=kind, options=translated)
+
+    @classmethod
+    def from_in_backward(
+        cls, optimizer: type[torch.optim.Optimizer], options: Mapping[str, Any], table: str
+    ) -> FusedOptimizerSpec:
+        """Translate an optimizer that ``apply_optimizer_in_backward`` attached to a table, with PyTorch's defaults.
+
+        Raises:
+            UnsupportedOptimizerError: If FBGEMM has no such optimizer, or an option that it does not have is set.
+        """
+        defaults = {
+            name: parameter.default for name, parameter in inspect.signature(optimizer.__init__).parameters.items()
+        }
+        for name, value in options.items():
+            if name not in ("lr", "eps") and value and value != defaults.get(name):
+                raise UnsupportedOptimizerError(
+                    f"table {table!r} is trained by {optimizer.__name__} with {name}={value} in the backward pass,"
+                    " which FBGEMM does not offer: only lr and eps can be set. Leave it out, or return"
+                    f" {optimizer.__name__} from configure_optimizers"
+                )
+        kept: dict[str, Any] = {name: options.get(name, defaults[name]) for name in ("lr", "eps") if name in defaults}
+        return cls.from_torch(optimizer, kept, table)
 
     @property
     def fbgemm(self) -> EmbOptimType:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,16 +32,16 @@ def attach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Opti
         if template is None:
             continue
         for rows in mine:
+            _check(rows, optimizer.state.get(rows.parameter, {}))
+        for rows in mine:
             if not optimizer.state.get(rows.parameter):
                 optimizer.state[rows.parameter] = {
                     key: _empty_like(value, template, rows)
                     for key, value in optimizer.state[template.parameter].items()
                 }
             for key, value in optimizer.state[rows.parameter].items():
-                if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0:
-                    continue
-                if isinstance(value, Tensor):
-                    rows.companions[key] = Storage(value, rowwise=_is_rowwise(value, rows, key))
+                if _is_per_row(value):
+                    rows.companions[key] = Storage(value, rowwise=value.dim() == 1)
 
 
 def detach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -54,16 +55,18 @@ def detach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Opti
         rows.companions = {}
 
 
-def _is_rowwise(value: Tensor, rows: TrainedRows, key: str) -> bool:
-    if value.shape == rows.parameter.shape:
-        return False
-    if value.shape == (rows.rows,):
-        return True
-    raise UnmovableStateError(
-        f"optimizer state {key!r} of shape {tuple(value.shape)} belongs to a table parameter of shape"
-        f" {tuple(rows.parameter.shape)}; only state per weight, per row or a single number can follow rows that move."
-        " Use another optimizer for the embedding tables, or leave them out of the callback"
-    )
+def _is_per_row(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _check(rows: TrainedRows, state: Mapping[str, object]) -> None:
+    for key, value in state.items():
+        if _is_per_row(value) and value.shape not in (rows.parameter.shape, (rows.rows,)):
+            raise UnmovableStateError(
+                f"optimizer state {key!r} of shape {tuple(value.shape)} belongs to a table parameter of shape"
+                f" {tuple(rows.parameter.shape)}; only state per weight, per row or a single number can follow rows"
+                " that move. Use another optimizer for the embedding tables, or leave them out of the callback"
+            )
 
 
 def _empty_like(value: object, template: TrainedRows, rows: TrainedRows) -> object:

@@ -62,6 +62,7 @@ class RoutedEmbeddings(nn.Module):
         options: Storage and optimizer.
 
     Example:
+        >>> from lightning_embcomp.engine.plan import FixedPlan
         >>> engine = RoutedEmbeddings([LogicalTable(name="t", rows=3, dim=8, chunks=2)])
         >>> _ = engine.move(FixedPlan([1]))
         >>> engine.load_rows(0, 0, torch.ones(3, 8))
@@ -408,6 +409,21 @@ class RoutedEmbeddings(nn.Module):
                 )
             rows.set_learning_rate(learning_rate)
 
+    def scale_rates(self, power: float) -> None:
+        r"""Let narrow rows learn faster: the fused rate of a class with w of D columns becomes :math:`\eta (D/w)^p`.
+
+        One update with rate :math:`\eta` moves the model's output in proportion to the columns that a row stores, so a
+        pruned row would learn more slowly than a full one; :math:`p = 1` evens that out. Rows that store every column
+        keep their rate.
+
+        Args:
+            power: The exponent p; 0 keeps one rate for all.
+        """
+        for c, rows in enumerate(self.classes):
+            if isinstance(rows, FusedRows):
+                rows.rate_scale = self.class_map.share(c) ** -power
+                rows.set_learning_rate(rows.learning_rate)
+
     def flush(self) -> None:
         """Nothing is cached outside the tables."""
 
@@ -513,7 +529,7 @@ class _DirectLookup(torch.autograd.Function):
         update_rows(
             engine.split_embedding_weights(),
             [state.get("momentum1") for state in engine.get_optimizer_state()],
-            ctx.rules[0],
+            ctx.rules,
             grads[0],
             ctx.routes,
             call.offsets,

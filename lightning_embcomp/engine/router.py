@@ -18,8 +18,11 @@ from lightning_embcomp.kernels.relocate import pack, unpack
 from lightning_embcomp.kernels.types import RouterTensors
 
 BLOCK = 64
-SLAB = 1 << 20
-"""Rows handled at a time where a whole table is read or rewritten; a multiple of the block."""
+SLAB = 1 << 17
+"""Rows handled at a time where a whole table is read or rewritten; a multiple of the block.
+
+A move holds the rows of one slab twice.
+"""
 _LINE = 8  # int64 words of a cache line
 _MAX_SLOTS = 2**31 - 1
 
@@ -104,7 +107,7 @@ def slabs(rows: int) -> Iterator[tuple[int, int]]:
 
     Example:
         >>> list(slabs(SLAB + 1))
-        [(0, 1048576), (1048576, 1048577)]
+        [(0, 131072), (131072, 131073)]
     """
     for start in range(0, rows, SLAB):
         yield start, min(start + SLAB, rows)

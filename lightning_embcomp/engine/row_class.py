@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own habit
@@ -79,9 +79,14 @@ class FusedRows:
         self.dtype = dtype
         self.device = device
         self.learning_rate = float(optimizer.options.get("learning_rate", 0.01))
+        self.rate_scale = 1.0
         self.step = 0
         self._table: SplitTableBatchedEmbeddingBagsCodegen | None = None
         self._storages = self.allocate(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # FBGEMM's table cannot be pickled, and a copy of it would not look at the copied tensors.
+        return {**self.__dict__, "_table": None}
 
     def storages(self) -> dict[str, Storage]:
         """Weights and optimizer state of the class."""
@@ -108,11 +113,11 @@ class FusedRows:
         if self.device.type != "cpu" or self.dtype != torch.float32 or set(self.optimizer.options) - known:
             return None
         eps = float(self.optimizer.options.get("eps", FBGEMM_EPS))
-        return UpdateRule(kind=self.optimizer.kind, learning_rate=self.learning_rate, eps=eps)
+        return UpdateRule(kind=self.optimizer.kind, learning_rate=self.learning_rate * self.rate_scale, eps=eps)
 
     def _build_table(self) -> SplitTableBatchedEmbeddingBagsCodegen:
         """Build the FBGEMM table over the tensors of the class."""
-        options = {**self.optimizer.options, "learning_rate": self.learning_rate}
+        options = {**self.optimizer.options, "learning_rate": self.learning_rate * self.rate_scale}
         table = SplitTableBatchedEmbeddingBagsCodegen(
             [(self.rows, self.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
             optimizer=self.optimizer.fbgemm,
@@ -144,7 +149,7 @@ class FusedRows:
         """Set the rate of the next backward pass."""
         self.learning_rate = learning_rate
         if self._table is not None:
-            self._table.set_learning_rate(learning_rate)
+            self._table.set_learning_rate(learning_rate * self.rate_scale)
 
     def restore_step(self, step: int) -> None:
         """Continue counting optimizer steps from a saved number."""

@@ -5,7 +5,7 @@ Keys under the engine's prefix, for table ``T`` and code ``k``:
 * ``tables.T.shape``: int64 ``[format version, rows, dim, chunks, layout]``
 * ``tables.T.codes``: the code of every row as bit planes, int64 ``(blocks of 64 rows, planes)``
 * ``tables.T.rows.k.weight`` and ``tables.T.rows.k.<optimizer state>``: rows of code ``k`` in logical order
-* ``tables.T.utility``: utilities, if tracked
+* ``tables.T.utility`` and ``tables.T.gain``: utilities and the mean gain of an occurrence, if tracked
 * ``steps``: int64 ``[fused optimizer steps, observed steps]``
 
 Tensors are views of live storage, as in any ``state_dict``: clone what must survive the next training step.
@@ -13,6 +13,7 @@ Tensors are views of live storage, as in any ``state_dict``: clone what must sur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.plan import ReadPlan
+from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.row_class import FusedRows
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def save(engine: RoutedEmbeddings, destination: dict[str, Any], prefix: str) -> 
                 destination[f"{key}rows.{code}.{name}"] = storage.tensor[first:last]
         if engine.utility is not None:
             destination[key + "utility"] = engine.utility.of_table(t)
+            destination[key + "gain"] = engine.utility.gain[t]
     steps = max((rows.step for rows in engine.classes if isinstance(rows, FusedRows)), default=0)
     observed = engine.utility.step if engine.utility is not None else 0
     destination[prefix + "steps"] = torch.tensor([steps, observed])
@@ -63,11 +66,15 @@ def load(
     if not present & expected:
         missing_keys.append(prefix + "tables")
         return
-    missing_keys.extend(sorted(expected - present))
+    missing = sorted(expected - present)
+    missing_keys.extend(missing)
     unexpected_keys.extend(sorted(present - expected))
     wrong = [message for table in engine.tables if (message := _shape_error(table, source, prefix))]
+    if missing:
+        wrong.append(f"the state of an engine is loaded as a whole, but the checkpoint lacks {missing[0]}")
+    wrong = wrong or list(_damage(engine, source, prefix))
     error_msgs.extend(wrong)
-    if wrong or not expected <= present:
+    if wrong:
         return
 
     engine.move(ReadPlan(lambda t, start, stop: _read_codes(engine.tables[t], source, prefix, start, stop)))
@@ -77,16 +84,10 @@ def load(
             c = engine.class_map.class_of_code[t][code]
             first, last = engine.class_span(t, c)
             for name, storage in engine.classes[c].storages().items():
-                saved = source[f"{key}rows.{code}.{name}"]
-                if saved.shape != storage.tensor[first:last].shape:
-                    error_msgs.append(
-                        f"{key}rows.{code}.{name} has shape {tuple(saved.shape)}, but the saved codes say"
-                        f" {tuple(storage.tensor[first:last].shape)}: the checkpoint is damaged"
-                    )
-                    return
-                storage.tensor[first:last].copy_(saved)
+                storage.tensor[first:last].copy_(source[f"{key}rows.{code}.{name}"])
         if engine.utility is not None:
             engine.utility.of_table(t).copy_(source[key + "utility"])
+            engine.utility.gain[t].copy_(source[key + "gain"])
     steps = source[prefix + "steps"]
     for rows in engine.classes:
         if isinstance(rows, FusedRows):
@@ -101,7 +102,7 @@ def _keys(engine: RoutedEmbeddings, prefix: str) -> list[str]:
         key = f"{prefix}tables.{table.name}."
         keys += [key + "shape", key + "codes"]
         if engine.utility is not None:
-            keys.append(key + "utility")
+            keys += [key + "utility", key + "gain"]
         for code in range(1, table.codes):
             storages = engine.classes[engine.class_map.class_of_code[t][code]].storages()
             keys += [f"{key}rows.{code}.{name}" for name in storages]
@@ -112,12 +113,15 @@ def _shape_error(table: LogicalTable, source: dict[str, Any], prefix: str) -> st
     saved = source.get(f"{prefix}tables.{table.name}.shape")
     if saved is None:
         return None
-    version, rows, dim, chunks, layout = saved.tolist()
+    version = int(saved[0])
     if version > FORMAT_VERSION:
         return (
             f"table {table.name!r} was saved in format {version}; this version reads up to {FORMAT_VERSION}: update"
             " lightning-embcomp"
         )
+    rows, dim, chunks, layout = saved[1:].tolist()
+    if not 0 <= layout < len(LAYOUTS):
+        return f"table {table.name!r} was saved with unknown layout {layout}: the checkpoint is damaged"
     found = (rows, dim, chunks, LAYOUTS[layout])
     wanted = (table.rows, table.dim, table.chunks, table.layout)
     if found != wanted:
@@ -126,6 +130,36 @@ def _shape_error(table: LogicalTable, source: dict[str, Any], prefix: str) -> st
             " use the settings of the saved run"
         )
     return None
+
+
+def _damage(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str) -> Iterator[str]:
+    """What does not fit together, found before anything is changed."""
+    sizes: dict[str, tuple[int, ...]] = {prefix + "steps": (2,)}
+    for t, table in enumerate(engine.tables):
+        key = f"{prefix}tables.{table.name}."
+        planes = source[key + "codes"]
+        wanted = (-(-table.rows // 64), int(engine.router.tensors.planes[t]))
+        if tuple(planes.shape) != wanted or planes.dtype != torch.int64:
+            found = f"{planes.dtype} {tuple(planes.shape)}"
+            yield f"{key}codes is {found} instead of torch.int64 {wanted}: the checkpoint is damaged"
+            continue
+        counts = torch.zeros(256, dtype=torch.int64)
+        for start, stop in slabs(table.rows):
+            counts += torch.bincount(_read_codes(table, source, prefix, start, stop), minlength=256)
+        if bool(counts[table.codes :].any()):
+            yield f"{key}codes holds codes above {table.full_code}: the checkpoint is damaged"
+            continue
+        for code in range(1, table.codes):
+            rows = engine.classes[engine.class_map.class_of_code[t][code]]
+            for name, storage in rows.storages().items():
+                count = int(counts[code])
+                sizes[f"{key}rows.{code}.{name}"] = (count,) if storage.rowwise else (count, rows.width)
+        if engine.utility is not None:
+            sizes[key + "utility"] = tuple(engine.utility.of_table(t).shape)
+            sizes[key + "gain"] = (2,)
+    for key, size in sizes.items():
+        if tuple(source[key].shape) != size:
+            yield f"{key} has shape {tuple(source[key].shape)} instead of {size}: the checkpoint is damaged"
 
 
 def _planes(engine: RoutedEmbeddings, t: int) -> Tensor:

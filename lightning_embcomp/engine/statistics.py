@@ -12,6 +12,8 @@ from lightning_embcomp.kernels.assemble import bag_norms
 from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility
 
+_GAIN_MEMORY = 0.99  # share of the running mean that a step keeps
+
 
 class RowUtility:
     """Utility of every logical row (or row part) in bfloat16: 2 bytes per row and part.
@@ -40,12 +42,22 @@ class RowUtility:
         self.step = 0
         self.row_start = torch.tensor([sum(rows[:t]) for t in range(len(rows))], device=device)
         self.values = torch.zeros(sum(rows), parts, dtype=torch.bfloat16, device=device)
+        self.gain = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
         self._rows = rows
+
+    def measures_like(self, other: RowUtility) -> bool:
+        """Whether both would hold the same numbers."""
+        return (self.parts, self.kind, self.every_n_steps) == (other.parts, other.kind, other.every_n_steps)
 
     def of_table(self, table: int) -> Tensor:
         """Utilities of a table, a view of shape ``(rows, parts)``."""
         start = int(self.row_start[table])
         return self.values[start : start + self._rows[table]]
+
+    def mean_gain(self, table: int) -> float:
+        """What one occurrence of an id adds on average, over about the last hundred observed steps; 0 before any."""
+        total, count = self.gain[table].tolist()
+        return total / count if count else 0.0
 
     def observe(
         self, grad: Tensor, indices: Tensor, offsets: Tensor, layout: BagLayout, weights: Tensor | None
@@ -63,10 +75,20 @@ class RowUtility:
         if self.step % self.every_n_steps:
             return
         norms = bag_norms(grad, offsets, layout, self.parts)
+        self._track_gain(norms, offsets, layout)
         accumulate_utility(
             self.values, self.row_start, indices, offsets, layout, norms, weights, self.kind, seed=self.step
         )
 
-    def decay(self, factor: float) -> None:
-        """Multiply all utilities by a factor below one."""
-        self.values.mul_(factor)
+    def decay(self, table: int, factor: float) -> None:
+        """Multiply the utilities of a table by a factor below one."""
+        self.of_table(table).mul_(factor)
+
+    def _track_gain(self, norms: Tensor, offsets: Tensor, layout: BagLayout) -> None:
+        lengths = offsets.long().diff().double()
+        per_bag = lengths if self.kind == "frequency" else norms.double().mean(1) * lengths
+        ends = layout.bag_start
+        self.gain *= _GAIN_MEMORY
+        for column, values in enumerate((per_bag, lengths)):
+            sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
+            self.gain[:, column].index_add_(0, layout.table, sums[ends[1:]] - sums[ends[:-1]])

@@ -17,7 +17,7 @@ __all__ = ["UpdateRule", "update_rows"]
 def update_rows(
     tables: Sequence[Tensor],
     states: Sequence[Tensor | None],
-    rule: UpdateRule,
+    rules: Sequence[UpdateRule],
     grad: Tensor,
     routes: IdRoutes,
     offsets: Tensor,
@@ -35,7 +35,7 @@ def update_rows(
     Args:
         tables: Weights of each class, float32 ``(rows, width)``, changed in place.
         states: State of each class: None, ``(rows,)`` or ``(rows, width)``, float32, changed in place.
-        rule: Optimizer and its rates.
+        rules: Optimizer and rates of each class; the optimizer is the same for all.
         grad: Gradient of the pooled output, float32 of ``layout.shape``.
         routes: Class and slot of every id.
         offsets: Bag boundaries, ``(bags + 1,)``.
@@ -44,4 +44,4 @@ def update_rows(
         columns: Columns that each class stores.
     """
     kernel = cpu.update_rows if backend_for(grad.device) == "cpu" else reference.update_rows
-    kernel(tables, states, rule, grad, routes, offsets, weights, layout, columns)
+    kernel(tables, states, rules, grad, routes, offsets, weights, layout, columns)

@@ -30,7 +30,7 @@ def _update(
     tables: Any,
     states: Any,
     kind: Any,
-    learning_rate: Any,
+    rates: Any,
     eps: Any,
     grad: Any,
     id_class: Any,
@@ -129,6 +129,7 @@ def _update(
                 fresh = False
                 i = next_same[i]
             first = slot * width
+            learning_rate = rates[c]
             if kind == 2:
                 for d in range(width):
                     moment = load_f32(states[c], first + d) + total[d] * total[d]
@@ -151,7 +152,7 @@ def _update(
 def update_rows(
     tables: Sequence[Tensor],
     states: Sequence[Tensor | None],
-    rule: UpdateRule,
+    rules: Sequence[UpdateRule],
     grad: Tensor,
     routes: IdRoutes,
     offsets: Tensor,
@@ -165,9 +166,9 @@ def update_rows(
         threads,
         np.array([table.data_ptr() for table in tables], np.int64),
         np.array([0 if state is None else state.data_ptr() for state in states], np.int64),
-        _KINDS[rule.kind],
-        np.float32(rule.learning_rate),
-        np.float32(rule.eps),
+        _KINDS[rules[0].kind],
+        np.array([rule.learning_rate for rule in rules], np.float32),
+        np.float32(rules[0].eps),
         grad.detach().float().contiguous().numpy(),
         routes.row_class.numpy(),
         routes.slot.numpy(),

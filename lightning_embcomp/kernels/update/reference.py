@@ -15,7 +15,7 @@ from lightning_embcomp.kernels.update.rule import UpdateRule
 def update_rows(
     tables: Sequence[Tensor],
     states: Sequence[Tensor | None],
-    rule: UpdateRule,
+    rules: Sequence[UpdateRule],
     grad: Tensor,
     routes: IdRoutes,
     offsets: Tensor,
@@ -25,7 +25,7 @@ def update_rows(
 ) -> None:
     """Plain twin of :func:`lightning_embcomp.kernels.update.update_rows`."""
     bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=grad.device), offsets.long().diff())
-    for row_class, (table, state) in enumerate(zip(tables, states, strict=True)):
+    for row_class, (table, state, rule) in enumerate(zip(tables, states, rules, strict=True)):
         mine = (routes.row_class == row_class).nonzero().flatten()
         if mine.numel() == 0:
             continue

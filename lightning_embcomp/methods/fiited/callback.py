@@ -77,6 +77,9 @@ class DimensionPruning(CompressionCallback):
         self._events = 0
         self._last_step = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "pruner": None}
+
     def table_cuts(self, tables: Sequence[TableView]) -> Cuts:
         """Cut every table into the same number of chunks."""
         chunks, layout = self.granularity.chunks, self.granularity.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ from lightning_embcomp.kernels.utility import UtilityKind
 Scope = Literal["global", "table"]
 _UNITS = {
     "": 1,
+    "B": 1,
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
@@ -44,6 +46,8 @@ class PruningSchedule:
             raise ValueError(f"every_n_steps must be at least 1, not {self.every_n_steps}")
         if any(step < 1 for step in self.early_steps):
             raise ValueError(f"early_steps must be positive, not {self.early_steps}")
+        if self.last_step is not None and self.last_step < 1:
+            raise ValueError(f"last_step must be at least 1, or None for no end, not {self.last_step}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be over 0 and at most 1, not {self.decay}")
 
@@ -71,6 +75,11 @@ class Granularity:
         utility: What an occurrence of an id adds: ``gradient`` its gradient norm (frequency times mean gradient),
             ``frequency`` one, ``peak_gradient`` keeps the largest norm.
         falloff: ``prefix`` only: ratio between the worth of neighbouring chunks of a row.
+        prior_occurrences: Average occurrences that every row is credited with beside what was measured, so that rows
+            not seen yet do not lose everything to further columns of rows seen once.
+        rate_power: Exponent p of the factor :math:`(D/w)^p` on the fused rate of rows that store w of D columns.
+            1 lets a narrow row move the model's output as far per update as a full one, 0 keeps one rate for all. Has
+            no effect on tables that an optimizer of ``configure_optimizers`` trains.
         hysteresis: Relative gain that a dead chunk must show over a live one to take its place.
         sample_every_n_steps: Measure utilities in one backward pass of this many.
     """
@@ -78,7 +87,9 @@ class Granularity:
     chunks: int = 4
     layout: ChunkLayout = "prefix"
     utility: UtilityKind = "gradient"
-    falloff: float = 0.5
+    falloff: float = 0.3
+    prior_occurrences: float = 0.5
+    rate_power: float = 1.0
     hysteresis: float = 0.1
     sample_every_n_steps: int = 1
 
@@ -91,8 +102,12 @@ class Granularity:
             raise ValueError(f"utility must be 'gradient', 'frequency' or 'peak_gradient', not {self.utility!r}")
         if not 0 < self.falloff <= 1:
             raise ValueError(f"falloff must be over 0 and at most 1, not {self.falloff}")
-        if self.hysteresis < 0:
-            raise ValueError(f"hysteresis must not be negative, not {self.hysteresis}")
+        if not 0 <= self.prior_occurrences < math.inf:
+            raise ValueError(f"prior_occurrences must be a number that is not negative, not {self.prior_occurrences}")
+        if not 0 <= self.rate_power <= 2:
+            raise ValueError(f"rate_power must be from 0 to 2, not {self.rate_power}")
+        if not 0 <= self.hysteresis < math.inf:
+            raise ValueError(f"hysteresis must be a number that is not negative, not {self.hysteresis}")
         if self.sample_every_n_steps < 1:
             raise ValueError(f"sample_every_n_steps must be at least 1, not {self.sample_every_n_steps}")
 

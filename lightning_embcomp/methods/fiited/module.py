@@ -74,8 +74,17 @@ class DimensionPruner:
         self.normalize = normalize
         self.engines = list({id(table.engine): table.engine for table in tables}.values())
         for engine in self.engines:
+            engine.scale_rates(self.granularity.rate_power)
+            wanted = self._new_utility(engine)
             if engine.utility is None:
-                engine.track_utility(self._new_utility(engine))
+                engine.track_utility(wanted)
+            elif not engine.utility.measures_like(wanted):
+                names = ", ".join(table.name for table in tables if table.engine is engine)
+                raise ValueError(
+                    f"{names}: utilities of this collection are measured with other settings already (granularity:"
+                    " chunks with layout 'chunks', utility, sample_every_n_steps): use the same, or put the tables into"
+                    " a collection of their own"
+                )
         self._check_budget()
 
     def _new_utility(self, engine: RoutedEmbeddings) -> RowUtility:
@@ -102,9 +111,9 @@ class DimensionPruner:
         Returns:
             What moved, over all engines.
         """
-        for engine in self.engines:
-            assert engine.utility is not None
-            engine.utility.decay(decay)
+        for table in self.tables:
+            assert table.engine.utility is not None
+            table.engine.utility.decay(table.index, decay)
         return self._apply(prior=False, optimizers=optimizers)
 
     def _apply(self, *, prior: bool, optimizers: Sequence[torch.optim.Optimizer]) -> MoveSummary:
@@ -142,7 +151,12 @@ class DimensionPruner:
             chunk_bytes=logical.chunk_width * itemsize + (0 if rowwise else 4 * state_columns),
             row_bytes=4 * state_columns if rowwise else 0,
         )
-        if not self.normalize or prior:
+        if prior:
+            return contender
+        assert engine.utility is not None
+        floor = self.granularity.prior_occurrences * engine.utility.mean_gain(table.index)
+        contender = Contender(**{**vars(contender), "floor": floor})
+        if not self.normalize:
             return contender
         mean = mean_utility(contender)
         return contender if mean == 0 else Contender(**{**vars(contender), "weight": 1.0 / mean})

@@ -37,6 +37,7 @@ class Contender:
         read: Its codes and utilities.
         chunk_bytes: Bytes of one chunk of one row.
         row_bytes: Bytes that a row with any live chunk costs beside its chunks (row-wise optimizer state).
+        floor: Utility that every row is credited with beside what was measured.
         weight: Factor on its utilities, so that tables compare.
     """
 
@@ -44,6 +45,7 @@ class Contender:
     read: ReadRows
     chunk_bytes: int
     row_bytes: int
+    floor: float = 0.0
     weight: float = 1.0
 
 
@@ -186,7 +188,7 @@ def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCel
     # the budget holds.
     pays_for_row = (chunk == 0) if prefix else torch.ones_like(live)
     cells = Cells(
-        value=with_hysteresis(bin_values()[bin_] * contender.weight * factor, live, hysteresis),
+        value=with_hysteresis((bin_values()[bin_] + contender.floor) * contender.weight * factor, live, hysteresis),
         cost=contender.chunk_bytes + contender.row_bytes * pays_for_row.long(),
         count=count,
         live=live,
