@@ -52,7 +52,7 @@ def _update(
     flat = grad.reshape(-1)
     weighted = weights.shape[0] > 0
     buckets = 16
-    while buckets * threads < 2 * ids:
+    while buckets < 2 * ids:  # half empty even if every row falls to one thread
         buckets *= 2
     mask = np.uint64(buckets - 1)
     for thread in numba.prange(threads):

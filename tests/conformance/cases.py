@@ -1,0 +1,130 @@
+"""The callbacks that every conformance test runs with, and a small pipeline to run them in.
+
+A new callback joins by one entry in :data:`CASES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_embcomp import CompressionCallback, DimensionPruning, Granularity, PruningSchedule
+from lightning_embcomp.data import SyntheticClickLog, SyntheticClickLogDataModule
+from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.memory import engine_bytes
+from lightning_embcomp.models import ClickModel
+
+OFTEN = PruningSchedule(every_n_steps=10, early_steps=(2, 5))
+ROWS = (40, 300, 3000)
+DIM = 16
+
+
+@dataclass(frozen=True)
+class CallbackCase:
+    """A callback under test.
+
+    Args:
+        active: Makes the callback with an effect; ``tables`` restricts it.
+        neutral: Makes it with settings under which training must be that of the plain model.
+        fragment: Its configuration fragment.
+        ratio: Bytes that it holds at most, over those of the plain tables with optimizer state.
+    """
+
+    active: Callable[..., CompressionCallback]
+    neutral: Callable[[], CompressionCallback]
+    fragment: str
+    ratio: float
+
+
+CASES = {
+    "fiited": CallbackCase(
+        active=lambda **kwargs: DimensionPruning(target=0.7, schedule=OFTEN, **kwargs),
+        neutral=lambda: DimensionPruning(target=0.0, schedule=OFTEN),
+        fragment="callbacks/fiited.yaml",
+        ratio=0.4,
+    ),
+    "fiited-chunks": CallbackCase(
+        active=lambda **kwargs: DimensionPruning(
+            target=0.7, schedule=OFTEN, granularity=Granularity(layout="chunks"), **kwargs
+        ),
+        neutral=lambda: DimensionPruning(target=0.0, schedule=OFTEN, granularity=Granularity(layout="chunks")),
+        fragment="callbacks/fiited.yaml",
+        ratio=0.5,
+    ),
+}
+
+
+def data(num_rows: int = 4000) -> SyntheticClickLogDataModule:
+    return SyntheticClickLogDataModule(
+        SyntheticClickLog(num_rows=num_rows, num_embeddings=ROWS, num_dense=2), batch_size=128
+    )
+
+
+def model(built: bool = False, **settings: Any) -> ClickModel:
+    """A small click model; ``built`` has its tables before the trainer sees it."""
+    torch.manual_seed(3)
+    small: dict[str, Any] = {"embedding_dim": DIM, "dense_layers": (8,), "over_layers": (16,)}
+    if settings.get("architecture") == "dcn":
+        small |= {"cross_layers": 1, "cross_rank": 4}
+    if built:
+        settings |= {"features": data().features, "num_dense": 2}
+    click_model = ClickModel(**{**small, **settings})
+    if built:
+        click_model.configure_model()
+    return click_model
+
+
+def trainer(*callbacks: pl.Callback, folder: Path | None = None, **settings: Any) -> pl.Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **settings})
+
+
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+    torch.manual_seed(4)
+    runner = trainer(*callbacks, **settings)
+    runner.fit(module, datamodule=data())
+    return runner
+
+
+def hosts(module: torch.nn.Module) -> list[RoutedHost]:
+    return [part for part in module.modules() if isinstance(part, RoutedHost)]
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    return sum(engine_bytes(host.engine) for host in hosts(module))
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different, different
+
+
+def logits(module: ClickModel) -> Tensor:
+    """Logits of the first validation batch."""
+    source = data()
+    source.setup("validate")
+    loader: Any = source.val_dataloader()
+    dense, sparse, _ = next(iter(loader))
+    module.eval()
+    with torch.no_grad():
+        found: Tensor = module(dense, sparse)
+    module.train()
+    return found

@@ -1,0 +1,54 @@
+"""Every script of `examples/` runs, with its default sizes."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    script, *arguments = request.param.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(_FOLDER / script), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
+
+
+@pytest.mark.parametrize("said", ["existing_trainer.py"], indirect=True)
+def test_existing_trainer(said: str) -> None:
+    before, after = numbers(said[said.index("table weights") :])
+    assert before == 2 * 20_000 * 32
+    assert 0.08 * before < after <= 0.1 * before
+
+
+@pytest.mark.parametrize("said", ["torchrec_fused.py"], indirect=True)
+def test_torchrec_fused(said: str) -> None:
+    before, after, *kinds = numbers(said[said.index("embedding bytes") :])
+    assert before == 50_200 * 33 * 4
+    assert after == sum(kinds)
+    assert after < 0.25 * before
+
+
+@pytest.mark.parametrize("said", ["out_of_core_table.py --rows 100_000 --steps 10"], indirect=True)
+def test_out_of_core_table(said: str) -> None:
+    full, held, *_ = numbers(said[said.index("the table in full") :])
+    assert full == 26.0
+    assert held < 0.1 * full
+
+
+def test_every_script_is_tested() -> None:
+    assert {path.name for path in _FOLDER.glob("*.py")} == {
+        "existing_trainer.py",
+        "out_of_core_table.py",
+        "torchrec_fused.py",
+    }
