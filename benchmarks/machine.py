@@ -38,3 +38,25 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def rss() -> int:
+    """Resident bytes of this process (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_rss() -> int:
+    """Peak of resident bytes since the start or the last :func:`reset_peak_rss` (Linux)."""
+    return _status("VmHWM")
+
+
+def reset_peak_rss() -> None:
+    """Start a new peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

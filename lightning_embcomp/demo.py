@@ -56,9 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--epochs must be at least 1, not {args.epochs}")
     quiet_third_party()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _run(args, Path(scratch))
+
+
+def _run(args: argparse.Namespace, scratch: Path) -> int:
     try:
         callback = DimensionPruning(target=args.target)
-        data = _open_data(args.data, args.rows)
+        data = _open_data(args.data, args.rows, scratch)
     except (OSError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
@@ -90,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open_data(path: Path | None, rows: int) -> Data:
+def _open_data(path: Path | None, rows: int, scratch: Path) -> Data:
     data: Data
     if path is None:
         log = SyntheticClickLog(
@@ -98,7 +103,10 @@ def _open_data(path: Path | None, rows: int) -> Data:
         )
         data = SyntheticClickLogDataModule(log, batch_size=BATCH_SIZE)
     else:
-        data = ClickLogDataModule(path, format="criteo", batch_size=BATCH_SIZE, max_rows=rows, seed=SEED)
+        # A demonstration leaves nothing behind beside the user's data.
+        data = ClickLogDataModule(
+            path, format="criteo", batch_size=BATCH_SIZE, max_rows=rows, seed=SEED, cache_dir=scratch
+        )
     data.prepare_data()
     data.setup("fit")
     return data

@@ -47,7 +47,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError as error:
         refused = str(error).partition("WeightsUnpickler error: ")[2].splitlines()
-        reason = refused[0] if refused else str(error).splitlines()[0]
+        reason = refused[0] if refused else _first_line(error)
         raise CheckpointError(
             f"it is damaged, or holds Python objects that are not read from files for safety ({reason})", path=path
         ) from error

@@ -14,6 +14,8 @@ from torch import Tensor
 
 BINS = 1 << 15
 """Non-negative bfloat16 bit patterns."""
+NOT_FINITE = 0x7F80
+"""First bit pattern of infinity and NaN."""
 
 
 def bin_values() -> Tensor:
@@ -60,26 +62,6 @@ def zipf_prior(start: int, stop: int, rows: int) -> Tensor:
     harmonic = math.log(rows) + 0.5772156649 + 1 / (2 * rows)
     ranks = torch.arange(start + 1, stop + 1, dtype=torch.float64)
     return (1.0 / (ranks * harmonic)).to(torch.bfloat16)
-
-
-def histogram(utility: Tensor, states: Tensor, n_states: int) -> Tensor:
-    """Count rows by present state and utility.
-
-    Args:
-        utility: bfloat16, non-negative, shape ``(n,)``.
-        states: uint8 ``(n,)``, below ``n_states``.
-        n_states: Number of states.
-
-    Returns:
-        int64 tensor of shape ``(n_states, 32768)``.
-
-    Example:
-        >>> counts = histogram(torch.tensor([1.0, 1.0], dtype=torch.bfloat16), torch.tensor([0, 1]).byte(), 2)
-        >>> counts[:, 0x3F80]
-        tensor([1, 1])
-    """
-    bins = utility.contiguous().view(torch.int16).int()
-    return torch.bincount(states.int() * BINS + bins, minlength=n_states * BINS).view(n_states, BINS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,8 @@ class DimensionPruner:
         rowwise = optimizer is not None and optimizer.kind == "rowwise_adagrad"
         contender = Contender(
             table=logical,
-            read=_reader(table, prior=prior),
+            codes=lambda start, stop: engine.router.read(table.index, start, stop)[0],
+            utility=_utility_reader(table, prior=prior),
             chunk_bytes=logical.chunk_width * itemsize + (0 if rowwise else 4 * state_columns),
             row_bytes=4 * state_columns if rowwise else 0,
         )
@@ -192,17 +193,12 @@ def _fixed_bytes(table: PrunedTable) -> int:
     return memory.router + memory.statistics
 
 
-def _reader(table: PrunedTable, *, prior: bool) -> ReadRows:
-    engine, index, rows = table.engine, table.index, table.logical.rows
-
-    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        codes, _ = engine.router.read(index, start, stop)
-        assert engine.utility is not None
-        if prior:
-            return codes, zipf_prior(start, stop, rows).unsqueeze(1).expand(-1, engine.utility.parts)
-        return codes, engine.utility.of_table(index)[start:stop]
-
-    return read
+def _utility_reader(table: PrunedTable, *, prior: bool) -> ReadRows:
+    utility, index, rows = table.engine.utility, table.index, table.logical.rows
+    assert utility is not None
+    if prior:
+        return lambda start, stop: zipf_prior(start, stop, rows).unsqueeze(1).expand(-1, utility.parts)
+    return lambda start, stop: utility.of_table(index)[start:stop]
 
 
 class _Unchanged(TablePlan):

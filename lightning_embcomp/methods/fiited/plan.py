@@ -10,18 +10,19 @@ from torch import Tensor
 
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.kernels.decide import count_cells, decide
 from lightning_embcomp.methods.fiited.functional import (
     BINS,
+    NOT_FINITE,
     Cells,
     allocate,
     bin_values,
     chunk_factors,
-    histogram,
     with_hysteresis,
 )
 
-ReadRows = Callable[[int, int], tuple[Tensor, Tensor]]
-"""Maps a row range to present codes, uint8 ``(n,)``, and utilities, bfloat16 ``(n, parts)``."""
+ReadRows = Callable[[int, int], Tensor]
+"""Maps a row range to present codes, uint8 ``(n,)``, or utilities, bfloat16 ``(n, parts)``."""
 
 
 class NonFiniteUtilityError(RuntimeError):
@@ -34,7 +35,8 @@ class Contender:
 
     Args:
         table: The logical table.
-        read: Its codes and utilities.
+        codes: Its present codes.
+        utility: Its utilities.
         chunk_bytes: Bytes of one chunk of one row.
         row_bytes: Bytes that a row with any live chunk costs beside its chunks (row-wise optimizer state).
         floor: Utility that every row is credited with beside what was measured.
@@ -42,7 +44,8 @@ class Contender:
     """
 
     table: LogicalTable
-    read: ReadRows
+    codes: ReadRows
+    utility: ReadRows
     chunk_bytes: int
     row_bytes: int
     floor: float = 0.0
@@ -56,15 +59,15 @@ class TablePlan:
 
     Args:
         table: The logical table.
-        read: Its codes and utilities.
-        keep: Chunks to keep, uint8 ``(parts, states, 32768)``; in layout ``chunks`` 0 or 1 per part.
-        partial: ``(part, state, bin, rows)``: the first so many rows of that cell get one chunk more; None for none.
+        utility: Its utilities.
+        keep: Chunks to keep, as :func:`lightning_embcomp.kernels.decide.decide` takes them.
+        partial: Cell of which only the first rows get one chunk more, as ``decide`` takes it.
     """
 
     def __init__(
-        self, table: LogicalTable, read: ReadRows, keep: Tensor, partial: tuple[int, int, int, int] | None
+        self, table: LogicalTable, utility: ReadRows, keep: Tensor, partial: tuple[int, int, int, int]
     ) -> None:
-        self._table, self._read, self._keep, self._partial = table, read, keep, partial
+        self._table, self._utility, self._keep, self._partial = table, utility, keep, partial
         self._seen = 0
 
     def begin(self) -> None:
@@ -73,24 +76,9 @@ class TablePlan:
 
     def codes(self, start: int, stop: int, current: Tensor) -> Tensor:
         """New codes of the rows, uint8."""
-        _, utility = self._read(start, stop)
-        bins = utility.contiguous().view(torch.int16).long()
-        codes = torch.zeros(stop - start, dtype=torch.uint8)
-        for part in range(self._keep.shape[0]):
-            state = current.long() if self._table.layout == "prefix" else (current.long() >> part) & 1
-            kept = self._keep[part].view(-1)[state * BINS + bins[:, part]]
-            if self._partial is not None and self._partial[0] == part:
-                kept = kept + self._granted(state, bins[:, part]).to(torch.uint8)
-            codes |= kept if self._table.layout == "prefix" else kept << part
+        utility, prefix = self._utility(start, stop), self._table.layout == "prefix"
+        codes, self._seen = decide(current, utility, self._keep, self._partial, self._seen, prefix=prefix)
         return codes
-
-    def _granted(self, state: Tensor, bins: Tensor) -> Tensor:
-        assert self._partial is not None
-        _, wanted_state, wanted_bin, rows = self._partial
-        mine = (state == wanted_state) & (bins == wanted_bin)
-        granted = mine & (mine.long().cumsum(0) + self._seen <= rows)
-        self._seen += int(mine.sum())
-        return granted
 
 
 class EnginePlan:
@@ -157,7 +145,7 @@ def mean_utility(contender: Contender) -> float:
     """Mean utility of a table's rows, over all parts."""
     total = 0.0
     for start, stop in slabs(contender.table.rows):
-        total += float(contender.read(start, stop)[1].double().sum())
+        total += float(contender.utility(start, stop).double().sum())
     return total / contender.table.rows
 
 
@@ -167,15 +155,12 @@ def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCel
     parts, n_states = (1, table.codes) if prefix else (table.chunks, 2)
     counts = torch.zeros(parts, n_states, BINS, dtype=torch.int64)
     for start, stop in slabs(table.rows):
-        codes, utility = contender.read(start, stop)
-        if not bool(torch.isfinite(utility).all()):
-            raise NonFiniteUtilityError(
-                f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
-                " pruning event. Lower the learning rate, or clip gradients"
-            )
-        for index in range(parts):
-            states = codes if prefix else (codes >> index) & 1
-            counts[index] += histogram(utility[:, index], states, n_states)
+        count_cells(contender.codes(start, stop), contender.utility(start, stop), counts, prefix=prefix)
+    if bool(counts[:, :, NOT_FINITE:].any()):
+        raise NonFiniteUtilityError(
+            f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
+            " pruning event. Lower the learning rate, or clip gradients"
+        )
     part_of, state_of, bin_of = counts.nonzero(as_tuple=True)
     count_of = counts[part_of, state_of, bin_of]
     steps = table.chunks if prefix else 1
@@ -205,7 +190,7 @@ def _table_plan(contender: Contender, cells: _TableCells, kept: Tensor) -> Table
         torch.ones(int(whole.sum()), dtype=torch.uint8),
         accumulate=True,
     )
-    partial = None
+    partial = (-1, 0, 0, 0)
     for i in ((kept > 0) & ~whole).nonzero().flatten().tolist():
         partial = (int(cells.part[i]), int(cells.state[i]), int(cells.bin[i]), int(kept[i]))
-    return TablePlan(contender.table, contender.read, keep, partial)
+    return TablePlan(contender.table, contender.utility, keep, partial)
