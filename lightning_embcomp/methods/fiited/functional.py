@@ -28,7 +28,7 @@ def bin_values() -> Tensor:
     return torch.arange(BINS, dtype=torch.int16).view(torch.bfloat16).double()
 
 
-def chunk_factors(chunks: int, falloff: float = 0.5) -> Tensor:
+def chunk_factors(chunks: int, falloff: float) -> Tensor:
     r"""Share of a row's utility that its c-th leading chunk gets: :math:`falloff^c`.
 
     Args:
@@ -39,7 +39,7 @@ def chunk_factors(chunks: int, falloff: float = 0.5) -> Tensor:
         float64 tensor of shape ``(K,)``.
 
     Example:
-        >>> chunk_factors(4)
+        >>> chunk_factors(4, 0.5)
         tensor([1.0000, 0.5000, 0.2500, 0.1250], dtype=torch.float64)
     """
     return torch.tensor(falloff, dtype=torch.float64) ** torch.arange(chunks, dtype=torch.float64)
