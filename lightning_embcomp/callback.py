@@ -90,6 +90,11 @@ class CompressionCallback(pl.Callback):
                 f"{self.state_key}: tables that are updated in the backward pass would drift apart on"
                 f" {trainer.world_size} processes. Train with one process (devices=1)"
             )
+        if trainer.strategy.root_device.type != "cpu":
+            raise SetupError(
+                f"{self.state_key}: the engine runs on CPU so far, not on {trainer.strategy.root_device}. Use"
+                " Trainer(accelerator='cpu')"
+            )
         with _unbuilt_on_error(pl_module):
             _install(trainer, pl_module, _build_model(pl_module, self))
         owned = _owned(pl_module, self)

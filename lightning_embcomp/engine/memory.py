@@ -86,7 +86,7 @@ def table_memory(engine: RoutedEmbeddings, table: int) -> TableMemory:
         weights=weights,
         optimizer_state=state,
         router=engine.router.table_bytes(table),
-        statistics=utility.of_table(table).numel() * utility.values.element_size() if utility is not None else 0,
+        statistics=utility.table_bytes(table) if utility is not None else 0,
         plain_weights=plain_weight_bytes(logical, engine.options.dtype),
         plain_optimizer_state=4 * logical.rows * optimizer.state_columns(logical.dim) if optimizer else 0,
     )
@@ -97,6 +97,6 @@ def engine_bytes(engine: RoutedEmbeddings) -> int:
     tensors = [storage.tensor for rows in engine.classes for storage in rows.storages().values()]
     tensors.append(engine.router.tensors.words)
     if engine.utility is not None:
-        tensors.append(engine.utility.values)
+        tensors += [engine.utility.values, engine.utility.gain]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,19 +11,16 @@ from torch import Tensor, nn
 
 from lightning_embcomp.engine import state
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable
+from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
-from lightning_embcomp.engine.optimizer_state import attach, detach
-from lightning_embcomp.engine.pages import release_prefix
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan
-from lightning_embcomp.engine.router import Router, slabs
+from lightning_embcomp.engine.relocation import relocate
+from lightning_embcomp.engine.router import Router
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
 from lightning_embcomp.engine.statistics import RowUtility
-from lightning_embcomp.kernels.assemble import assemble, disassemble
-from lightning_embcomp.kernels.pool import pool
-from lightning_embcomp.kernels.relocate import move_rows
-from lightning_embcomp.kernels.route import IdOutOfRangeError, find, route
+from lightning_embcomp.kernels.route import IdOutOfRangeError, route
 from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
-from lightning_embcomp.kernels.update import UpdateRule, update_rows
+from lightning_embcomp.kernels.update import UpdateRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,7 @@ class RoutedEmbeddings(nn.Module):
         self.table_rows = torch.zeros(len(self.tables), len(self.classes), dtype=torch.int64)
         self.utility: RowUtility | None = None
         self._layouts: dict[tuple[int, ...], BagLayout] = {}
-        self._moves = 0
+        self.moves = 0
 
     def _new_class(self, width: int) -> RowClass:
         options = self.options
@@ -154,13 +150,13 @@ class RoutedEmbeddings(nn.Module):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
         _check_extent(indices, offsets, weights)
         training = self.training and torch.is_grad_enabled()
-        call = _Call(self, layout, indices, offsets, weights, self.utility if training else None, self._moves)
+        call = Call(self, layout, indices, offsets, weights, self.utility if training else None, self.moves)
         # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
         anchor = torch.zeros((), requires_grad=training)
         try:
             rules = self._direct_rules(weights)
             if rules is not None:
-                found: Tensor = _DirectLookup.apply(call, rules, anchor)
+                found: Tensor = DirectLookup.apply(call, rules, anchor)
                 if training:
                     self._count_step()
                 return found
@@ -172,7 +168,7 @@ class RoutedEmbeddings(nn.Module):
                 f" {table.rows} rows; map unknown values to an out-of-vocabulary id first"
             ) from error
         pooled = [self._class_lookup(c, batch, weights, training=training) for c in range(len(self.classes))]
-        out: Tensor = _Assemble.apply(call, batch, anchor, *[rows for rows in pooled if rows is not None])
+        out: Tensor = AssembleClasses.apply(call, batch, anchor, *[rows for rows in pooled if rows is not None])
         return out
 
     def _direct_rules(self, weights: Tensor | None) -> list[UpdateRule] | None:
@@ -242,77 +238,9 @@ class RoutedEmbeddings(nn.Module):
         Returns:
             How many rows changed.
         """
-        trained = [rows for rows in self.classes if isinstance(rows, TrainedRows)]
-        attach(trained, optimizers)
-        counts, summary = self._count(plan)
-        self._moves += 1
-        class_rows = counts.sum(0).tolist()
-        self.router.check_sizes(class_rows)
-        before = [rows.storages() for rows in self.classes]
-        after = [rows.allocate(n) for rows, n in zip(self.classes, class_rows, strict=True)]
-        names = list(before[0])
-        next_slot = torch.zeros(len(self.classes), dtype=torch.int64)
-        plan.begin()
-        for t, table in enumerate(self.tables):
-            class_of_code = self.router.tensors.class_of_code[t]
-            for start, stop in slabs(table.rows):
-                old = self.router.read(t, start, stop)
-                codes = plan.codes(t, start, stop, old[0])
-                new = (codes, self.router.write(t, start, codes, next_slot))
-                for name in names:
-                    move_rows(
-                        old,
-                        new,
-                        class_of_code,
-                        self.columns,
-                        [_non_empty(storages, name) for storages in before],
-                        [_non_empty(storages, name) for storages in after],
-                        rowwise=before[0][name].rowwise,
-                    )
-                self._release(old, class_of_code, before)
-        for rows, n, storages in zip(self.classes, class_rows, after, strict=True):
-            rows.adopt(n, storages)
-        self.table_rows = counts
-        detach(trained, optimizers)
+        summary = relocate(self, plan, optimizers)
+        self.moves += 1
         return summary
-
-    def _count(self, plan: RowPlan) -> tuple[Tensor, MoveSummary]:
-        """Read the plan once: rows per table and class, and what changes."""
-        counts = torch.zeros(len(self.tables), len(self.classes), dtype=torch.int64)
-        changed = grown = revived = dropped = 0
-        plan.begin()
-        for t, table in enumerate(self.tables):
-            live = torch.tensor([len(table.live_chunks(code)) for code in range(table.codes)])
-            for start, stop in slabs(table.rows):
-                current, _ = self.router.read(t, start, stop)
-                codes = plan.codes(t, start, stop, current)
-                if int(codes.max()) >= table.codes:
-                    raise ValueError(f"code {int(codes.max())} for table {table.name!r}, which has {table.codes} codes")
-                pairs = torch.bincount(current.int() * table.codes + codes.int(), minlength=table.codes**2)
-                pairs = pairs.view(table.codes, table.codes)
-                for code in range(1, table.codes):
-                    counts[t, self.class_map.class_of_code[t][code]] += pairs[:, code].sum()
-                changed += int(pairs.sum() - pairs.diagonal().sum())
-                grown += int(pairs[live.unsqueeze(1) < live.unsqueeze(0)].sum())
-                revived += int(pairs[0, 1:].sum())
-                dropped += int(pairs[1:, 0].sum())
-        rows = sum(table.rows for table in self.tables)
-        return counts, MoveSummary(
-            changed_rows=changed, grown_rows=grown, revived_rows=revived, dropped_rows=dropped, rows=rows
-        )
-
-    def _release(self, old: tuple[Tensor, Tensor], class_of_code: Tensor, before: Sequence[dict[str, Any]]) -> None:
-        """Give back the pages of old storage that the rows of this slab were the last to need."""
-        codes, slots = old
-        for code in range(1, class_of_code.numel()):
-            row_class = int(class_of_code[code])
-            if row_class < 0:
-                continue
-            done = int(torch.where(codes == code, slots, -1).max()) + 1
-            if done == 0:
-                continue
-            for storage in before[row_class].values():
-                release_prefix(storage.tensor, done if storage.rowwise else done * storage.tensor.shape[1])
 
     def track_utility(self, utility: RowUtility | None) -> None:
         """Let training steps move these utilities."""
@@ -448,11 +376,6 @@ class RoutedEmbeddings(nn.Module):
         return ", ".join([*(f"{t.name}: {t.rows}×{t.dim}/{t.chunks}" for t in self.tables), f"optimizer={optimizer}"])
 
 
-def _non_empty(storages: dict[str, Any], name: str) -> Tensor | None:
-    tensor: Tensor = storages[name].tensor
-    return tensor if tensor.numel() else None
-
-
 def _check_extent(indices: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
     first, last = int(offsets[0]), int(offsets[-1])
     if (first, last) != (0, indices.numel()):
@@ -463,78 +386,3 @@ def _check_extent(indices: Tensor, offsets: Tensor, weights: Tensor | None) -> N
         raise ValueError(
             f"per_sample_weights of shape {tuple(weights.shape)} do not match ids of shape {tuple(indices.shape)}"
         )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the backward pass of one lookup needs to know."""
-
-    engine: RoutedEmbeddings
-    layout: BagLayout
-    indices: Tensor
-    offsets: Tensor
-    weights: Tensor | None
-    utility: RowUtility | None
-    moves: int
-
-    def observe(self, grad: Tensor) -> None:
-        """Feed the row utilities.
-
-        Raises:
-            RuntimeError: If the slots that were looked up are not those of today.
-        """
-        if self.moves != self.engine._moves:
-            raise RuntimeError(
-                "rows have moved (pruning event or load_state_dict) between the lookup and its backward pass: run"
-                " backward first"
-            )
-        if self.utility is not None:
-            self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights)
-
-
-class _Assemble(torch.autograd.Function):
-    """Zero-padded sum of the class outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, batch: RoutedBatch, anchor: Tensor, *pooled: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.call, ctx.batch = call, batch
-        given = iter(pooled)
-        aligned = [next(given) if last > first else None for first, last in pairwise(batch.id_start)]
-        return assemble(aligned, call.offsets, batch, call.layout, call.engine.columns)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
-        call: _Call = ctx.call
-        call.observe(grads[0])
-        parts = disassemble(grads[0], call.offsets, ctx.batch, call.layout, call.engine.columns)
-        return (None, None, None, *[part for part in parts if part is not None])
-
-
-class _DirectLookup(torch.autograd.Function):
-    """Lookup and fused update on the class tables themselves."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, rules: list[UpdateRule], anchor: Tensor) -> Tensor:  # noqa: ANN401
-        engine = call.engine
-        routes = find(call.indices, call.offsets, call.layout, engine.router.tensors, len(engine.classes))
-        ctx.call, ctx.rules, ctx.routes = call, rules, routes
-        weights = None if call.weights is None else call.weights.float()
-        return pool(engine.split_embedding_weights(), routes, call.offsets, weights, call.layout, engine.columns)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
-        call: _Call = ctx.call
-        call.observe(grads[0])
-        engine = call.engine
-        update_rows(
-            engine.split_embedding_weights(),
-            [state.get("momentum1") for state in engine.get_optimizer_state()],
-            ctx.rules,
-            grads[0],
-            ctx.routes,
-            call.offsets,
-            None if call.weights is None else call.weights.float(),
-            call.layout,
-            engine.columns,
-        )
-        return None, None, None

@@ -12,6 +12,8 @@ from lightning_embcomp.kernels.assemble import bag_norms
 from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility
 
+GAIN_BYTES = 16
+"""Bytes of a table's running mean gain: a sum and a count."""
 _GAIN_MEMORY = 0.99  # share of the running mean that a step keeps
 
 
@@ -44,6 +46,10 @@ class RowUtility:
         self.values = torch.zeros(sum(rows), parts, dtype=torch.bfloat16, device=device)
         self.gain = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
         self._rows = rows
+
+    def table_bytes(self, table: int) -> int:
+        """Bytes held for a table."""
+        return self.of_table(table).numel() * self.values.element_size() + GAIN_BYTES
 
     def measures_like(self, other: RowUtility) -> bool:
         """Whether both would hold the same numbers."""

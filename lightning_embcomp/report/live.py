@@ -109,7 +109,19 @@ def _measure_engine(engine: RoutedEmbeddings, trained: Sequence[Tensor]) -> Tabl
         weights=storage_bytes(tensor for name, tensor in storages if name == WEIGHT),
         optimizer_state=storage_bytes([*trained, *(tensor for name, tensor in storages if name != WEIGHT)]),
         router=storage_bytes([engine.router.tensors.words]),
-        statistics=storage_bytes([engine.utility.values]) if engine.utility is not None else 0,
+        statistics=storage_bytes([engine.utility.values, engine.utility.gain]) if engine.utility is not None else 0,
         plain_weights=expected.plain_weights,
-        plain_optimizer_state=expected.plain_optimizer_state,
+        plain_optimizer_state=expected.plain_optimizer_state or _plain_state(engine, trained, expected),
     )
+
+
+def _plain_state(engine: RoutedEmbeddings, trained: Sequence[Tensor], memory: TableMemory) -> int:
+    """State that the user's optimizer would hold for plain tables: as much per weight and per row as it does now."""
+    parameters = [weight for weight in engine.split_embedding_weights() if weight.numel()]
+    shapes = {tuple(weight.shape) for weight in parameters}
+    per_weight = sum(t.numel() * t.element_size() for t in trained if tuple(t.shape) in shapes)
+    per_row = sum(t.numel() * t.element_size() for t in trained if tuple(t.shape) not in shapes)
+    weights = sum(weight.numel() for weight in parameters)
+    rows = sum(weight.shape[0] for weight in parameters)
+    plain_weights = memory.plain_weights // engine.options.dtype.itemsize
+    return round(per_weight / max(1, weights) * plain_weights + per_row / max(1, rows) * memory.rows)

@@ -14,6 +14,7 @@ from lightning_embcomp.engine.memory import TableMemory, plain_weight_bytes
 from lightning_embcomp.engine.router import BLOCK, slabs, words_per_block
 from lightning_embcomp.engine.row_class import WEIGHT
 from lightning_embcomp.engine.state import FORMAT_VERSION, LAYOUTS
+from lightning_embcomp.engine.statistics import GAIN_BYTES
 from lightning_embcomp.report.account import TableReport
 from lightning_embcomp.report.optimizer_states import OptimizerStates, StateSize, state_size
 from lightning_embcomp.surgery import PLAIN_TABLE
@@ -124,7 +125,7 @@ def _report_table(host: str, table: SavedTable, trained: Sequence[StateSize]) ->
         weights=weights,
         optimizer_state=state,
         router=-(-logical.rows // BLOCK) * words_per_block(logical.codes) * _WORD_BYTES,
-        statistics=0 if table.utility is None else table.utility.numel() * table.utility.element_size(),
+        statistics=0 if table.utility is None else table.utility.numel() * table.utility.element_size() + GAIN_BYTES,
         plain_weights=plain_weight_bytes(logical, table.dtype),
         plain_optimizer_state=plain_state.bytes(logical.rows, logical.dim),
     )

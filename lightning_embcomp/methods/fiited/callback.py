@@ -23,7 +23,8 @@ class DimensionPruning(CompressionCallback):
     grow, shrink, vanish and come back. What is not stored takes no memory. A reconstruction of FIITED [1]_.
 
     Logged at every event: ``fiited/live_ratio`` (stored over plain weight bytes), ``fiited/bytes`` (all bytes held),
-    ``fiited/churn`` (share of rows that changed), ``fiited/revived`` and ``fiited/dropped`` (rows).
+    ``fiited/churn`` (share of rows that changed), ``fiited/revived`` and ``fiited/dropped`` (rows). With table globs
+    other than ``*`` the group is called ``fiited[globs]``.
 
     Args:
         target: Fraction of the embedding weight bytes to remove, from 0 to below 1. Give this or ``budget``.
@@ -123,13 +124,14 @@ class DimensionPruning(CompressionCallback):
             return
         moved = self.pruner.step(self.schedule.decay, trainer.optimizers)
         self._events += 1
+        group = "fiited" if self.patterns == ("*",) else f"fiited[{','.join(self.patterns)}]"
         pl_module.log_dict(
             {
-                "fiited/live_ratio": self.pruner.live_ratio(),
-                "fiited/bytes": float(sum(table_memory(o.host.engine, o.index).total for o in self.owned)),
-                "fiited/churn": moved.churn,
-                "fiited/revived": float(moved.revived_rows),
-                "fiited/dropped": float(moved.dropped_rows),
+                f"{group}/live_ratio": self.pruner.live_ratio(),
+                f"{group}/bytes": float(sum(table_memory(o.host.engine, o.index).total for o in self.owned)),
+                f"{group}/churn": moved.churn,
+                f"{group}/revived": float(moved.revived_rows),
+                f"{group}/dropped": float(moved.dropped_rows),
             }
         )
 

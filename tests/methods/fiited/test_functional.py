@@ -10,7 +10,6 @@ from lightning_embcomp.methods.fiited.functional import (
     allocate,
     bin_values,
     chunk_factors,
-    histogram,
     with_hysteresis,
     zipf_prior,
 )
@@ -95,18 +94,6 @@ def test_bins_are_the_bit_patterns_of_bfloat16() -> None:
     assert values.shape == (BINS,) and (finite.diff() > 0).all()
     some = torch.tensor([0.0, 1e-30, 0.1, 1.0, 3.3, 1e30], dtype=torch.bfloat16)
     assert torch.equal(values[some.view(torch.int16).long()], some.double())
-
-
-def test_histogram_counts_every_row_once() -> None:
-    rng = np.random.default_rng(0)
-    utility = torch.from_numpy(rng.choice([0.0, 0.5, 3.0, 7.25], 1000)).bfloat16()
-    states = torch.from_numpy(rng.integers(0, 5, 1000).astype(np.uint8))
-    counts = histogram(utility, states, 5)
-    assert counts.shape == (5, BINS) and int(counts.sum()) == 1000
-    for value in (0.0, 0.5, 3.0, 7.25):
-        at = int(torch.tensor(value).bfloat16().view(torch.int16))
-        wanted = [int(((utility == value) & (states == state)).sum()) for state in range(5)]
-        assert counts[:, at].tolist() == wanted
 
 
 def test_factors_fall() -> None:

@@ -1,0 +1,100 @@
+"""Bring the rows of an engine to new codes: count, allocate, stream, adopt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_embcomp.engine.optimizer_state import attach, detach
+from lightning_embcomp.engine.pages import release_prefix
+from lightning_embcomp.engine.plan import MoveSummary, RowPlan
+from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.engine.row_class import Storage, TrainedRows
+from lightning_embcomp.kernels.relocate import move_rows
+
+if TYPE_CHECKING:
+    from lightning_embcomp.engine.routed import RoutedEmbeddings
+
+
+def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch.optim.Optimizer]) -> MoveSummary:
+    """Carry :meth:`lightning_embcomp.engine.routed.RoutedEmbeddings.move` out.
+
+    The plan is read twice: once to know the sizes, once to move. Everything that can be refused is refused before the
+    first row moves.
+    """
+    trained = [rows for rows in engine.classes if isinstance(rows, TrainedRows)]
+    counts, summary = _count(engine, plan)
+    class_rows = counts.sum(0).tolist()
+    engine.router.check_sizes(class_rows)
+    attach(trained, optimizers)
+    before = [rows.storages() for rows in engine.classes]
+    after = [rows.allocate(n) for rows, n in zip(engine.classes, class_rows, strict=True)]
+    next_slot = torch.zeros(len(engine.classes), dtype=torch.int64)
+    plan.begin()
+    for t, table in enumerate(engine.tables):
+        class_of_code = engine.router.tensors.class_of_code[t]
+        for start, stop in slabs(table.rows):
+            old = engine.router.read(t, start, stop)
+            codes = plan.codes(t, start, stop, old[0])
+            new = (codes, engine.router.write(t, start, codes, next_slot))
+            for name, storage in before[0].items():
+                source, target = _named(before, name), _named(after, name)
+                move_rows(old, new, class_of_code, engine.columns, source, target, rowwise=storage.rowwise)
+            _release(old, class_of_code, before)
+    for rows, n, storages in zip(engine.classes, class_rows, after, strict=True):
+        rows.adopt(n, storages)
+    engine.table_rows = counts
+    detach(trained, optimizers)
+    return summary
+
+
+def _count(engine: RoutedEmbeddings, plan: RowPlan) -> tuple[Tensor, MoveSummary]:
+    """Read the plan once: rows per table and class, and what changes.
+
+    Raises:
+        ValueError: If the plan gives a code that a table does not have.
+    """
+    counts = torch.zeros(len(engine.tables), len(engine.classes), dtype=torch.int64)
+    changed = grown = revived = dropped = 0
+    plan.begin()
+    for t, table in enumerate(engine.tables):
+        live = torch.tensor([len(table.live_chunks(code)) for code in range(table.codes)])
+        pairs = torch.zeros(table.codes, table.codes, dtype=torch.int64)
+        for start, stop in slabs(table.rows):
+            current, _ = engine.router.read(t, start, stop)
+            codes = plan.codes(t, start, stop, current)
+            if int(codes.max()) >= table.codes:
+                raise ValueError(f"code {int(codes.max())} for table {table.name!r}, which has {table.codes} codes")
+            pairs += torch.bincount(current.int() * table.codes + codes.int(), minlength=table.codes**2).view_as(pairs)
+        for code in range(1, table.codes):
+            counts[t, engine.class_map.class_of_code[t][code]] += pairs[:, code].sum()
+        changed += int(pairs.sum() - pairs.diagonal().sum())
+        grown += int(pairs[live.unsqueeze(1) < live.unsqueeze(0)].sum())
+        revived += int(pairs[0, 1:].sum())
+        dropped += int(pairs[1:, 0].sum())
+    rows = sum(table.rows for table in engine.tables)
+    return counts, MoveSummary(
+        changed_rows=changed, grown_rows=grown, revived_rows=revived, dropped_rows=dropped, rows=rows
+    )
+
+
+def _release(old: tuple[Tensor, Tensor], class_of_code: Tensor, before: Sequence[Mapping[str, Storage]]) -> None:
+    """Give back the pages of old storage that the rows of this slab were the last to need."""
+    codes, slots = old
+    for code in range(1, class_of_code.numel()):
+        row_class = int(class_of_code[code])
+        if row_class < 0:
+            continue
+        done = int(torch.where(codes == code, slots, -1).max()) + 1
+        if done == 0:
+            continue
+        for storage in before[row_class].values():
+            release_prefix(storage.tensor, done if storage.rowwise else done * storage.tensor.shape[1])
+
+
+def _named(storages: Sequence[Mapping[str, Storage]], name: str) -> list[Tensor | None]:
+    """One tensor of each class, None where the class has no rows."""
+    return [s[name].tensor if s[name].tensor.numel() else None for s in storages]
