@@ -39,7 +39,7 @@ MODEL: dict[str, dict[str, Any]] = {
 
 
 class BestEpoch(pl.Callback):
-    """Keeps the test predictions of the epoch with the lowest validation NE, and stops after ``patience`` worse ones."""
+    """Keeps the test predictions at the lowest validation NE, and stops after ``patience`` worse validations."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -50,11 +50,11 @@ class BestEpoch(pl.Callback):
         self.seconds: list[float] = []
         self._started = 0.0
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, *args: object) -> None:
         """Start the clock of the step."""
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: object) -> None:
         """Stop it."""
         self.seconds.append(time.perf_counter() - self._started)
 
@@ -264,12 +264,13 @@ def summary(args: argparse.Namespace) -> None:
     for dataset, rows in table.items():
         print(f"\n{dataset}")
         print(
-            f"{'run':32} {'seeds':>5} {'AUC':>7} {'±':>6} {'ΔAUC [95 %]':>26} {'NE':>7} {'ΔNE [95 %]':>26} {'nom.':>6} {'true':>6}"
+            f"{'run':32} {'seeds':>5} {'AUC':>6} {'±':>6} {'ΔAUC [95 %]':>26} {'NE':>6} {'ΔNE [95 %]':>26}"
+            f" {'nom.':>6} {'true':>6}"
         )
         for r in rows:
             print(
-                f"{r['name']:32} {len(r['seeds']):5} {r['auc']:.4f} {r['auc_std']:.4f} {_interval(r, 'auc')} {r['ne']:.4f}"
-                f" {_interval(r, 'ne')} {r['nominal_ratio']:6.2f} {r['true_ratio']:6.2f}"
+                f"{r['name']:32} {len(r['seeds']):5} {r['auc']:.4f} {r['auc_std']:.4f} {_interval(r, 'auc')}"
+                f" {r['ne']:.4f} {_interval(r, 'ne')} {r['nominal_ratio']:6.2f} {r['true_ratio']:6.2f}"
             )
 
 

@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def interleaved(steps: list[Callable[[int], None]], rounds: int) -> list[float]:
     return [float(np.median(taken)) for taken in seconds]
 
 
+def look_up(
+    module: torch.nn.Module, ids: list[torch.Tensor], offsets: torch.Tensor, grad: torch.Tensor, turn: int
+) -> None:
+    """Forward, backward and update on one of the batches."""
+    module(ids[turn % len(ids)], offsets).backward(grad)
+
+
 def embedding(rounds: int) -> list[dict[str, Any]]:
     """Embedding forward + backward + update against plain tables."""
     results = []
@@ -106,12 +114,10 @@ def embedding(rounds: int) -> list[dict[str, Any]]:
         grad = torch.randn(batch, tables * dim) * 1e-3
         plain = plain_tables(tables, rows, dim)
 
-        def run(module: torch.nn.Module, turn: int) -> None:
-            module(ids[turn % 8], offsets).backward(grad)  # noqa: B023 - called within this turn of the loop
-
         for share in (1.0, 0.35, 0.1):
             engine, _ = pruned_engine(tables, rows, dim, 1 - share)
-            seconds = interleaved([lambda turn: run(plain, turn), lambda turn, e=engine: run(e, turn)], rounds)  # type: ignore[misc]
+            steps = [partial(look_up, module, ids, offsets, grad) for module in (plain, engine)]
+            seconds = interleaved(steps, rounds)
             results.append(
                 {
                     "tables": tables,
