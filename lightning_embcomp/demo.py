@@ -35,6 +35,8 @@ Data = ClickLogDataModule | SyntheticClickLogDataModule
 
 EMBEDDING_DIM = 16
 BATCH_SIZE = 1024
+FILE_BATCH_SIZE = 256
+"""Small, since files people try first are: a tenth of a million rows must still give some hundred steps."""
 VALIDATIONS_PER_EPOCH = 4
 SEED = 0
 _TABLE_SIZES = (50, 200, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
@@ -105,7 +107,7 @@ def _open_data(path: Path | None, rows: int, scratch: Path) -> Data:
     else:
         # A demonstration leaves nothing behind beside the user's data.
         data = ClickLogDataModule(
-            path, format="criteo", batch_size=BATCH_SIZE, max_rows=rows, seed=SEED, cache_dir=scratch
+            path, format="criteo", batch_size=FILE_BATCH_SIZE, max_rows=rows, seed=SEED, cache_dir=scratch
         )
     data.prepare_data()
     data.setup("fit")
@@ -172,7 +174,7 @@ def _facts(args: argparse.Namespace, data: Data, model: ClickModel, recorder: Ru
     made = "made up: Zipf-distributed ids, labels drawn from a planted model"
     facts = {
         "Data": made if args.data is None else f"{args.data.name}, at most {args.rows:,} rows, split by position",
-        "Rows": f"batches of {BATCH_SIZE}; {recorder.test_rows:,} test rows, {recorder.test_positives:,} positive",
+        "Rows": f"batches of {data.batch_size}; {recorder.test_rows:,} test rows, {recorder.test_positives:,} positive",
         "Tables": f"{_describe(data, args.data).partition(': ')[2]}; {unseen:.0%} of the rows never occur in training",
         "Model": f"DLRM, top MLP {'-'.join(map(str, hparams['over_layers']))}, {args.epochs} epochs, seed {SEED}",
         "Tables' optimizer": f"{hparams['embedding_optimizer']}, fused into backward, rate {model.embedding_lr:g}",
