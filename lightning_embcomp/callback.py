@@ -16,6 +16,7 @@ from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.layout import ChunkLayout
 from lightning_embcomp.engine.plan import FixedPlan
+from lightning_embcomp.errors import NonFiniteLossError
 from lightning_embcomp.surgery import build_host, fill, replace
 from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
 
@@ -25,10 +26,6 @@ Cuts = Mapping[str, tuple[int, ChunkLayout]]
 
 class OwnershipError(ValueError):
     """Two callbacks claim the same property of the same table."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss is NaN or infinite."""
 
 
 class SetupError(RuntimeError):
@@ -57,7 +54,8 @@ class CompressionCallback(pl.Callback):
     (:meth:`on_tables_ready`).
 
     Args:
-        tables: Globs of table names; a table matches by its full path or by its own name.
+        tables: Globs of table names; a table matches by its full path or by its own name, and a glob
+            that starts with ``!`` excludes.
     """
 
     def __init__(self, tables: str | Sequence[str] = "*") -> None:
@@ -96,7 +94,10 @@ class CompressionCallback(pl.Callback):
                 " Trainer(accelerator='cpu')"
             )
         with _unbuilt_on_error(pl_module):
-            _install(trainer, pl_module, _build_model(pl_module, self))
+            hosts = _build_model(pl_module, self)
+            if stage != "fit" and trainer.ckpt_path is None:
+                _refuse_plain_evaluation(hosts, stage, self)
+            _install(trainer, pl_module, hosts)
         owned = _owned(pl_module, self)
         if [(o.host, o.index) for o in owned] == [(o.host, o.index) for o in self.owned]:
             return
@@ -113,7 +114,9 @@ class CompressionCallback(pl.Callback):
             fill(table.host, table.index, _sources(table.host).pop(table.index))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the engines are still part of the module."""
+        """Check that the engines are still part of the module, and that the trainer's settings reach their tables."""
+        if any(table.host.engine.options.optimizer is not None for table in self.owned):
+            _check_fused_settings(trainer, self.state_key)
         present = {id(module) for module in pl_module.modules()}
         for table in self.owned:
             if id(table.host) not in present:
@@ -171,6 +174,31 @@ def _check_untied(pl_module: pl.LightningModule, host: HostView) -> None:
                 )
 
 
+def _refuse_plain_evaluation(hosts: Sequence[HostView], stage: str, callback: CompressionCallback) -> None:
+    """Refuse to prune a plain model with weights only to measure it."""
+    for table in select_tables(hosts, callback.patterns, callback.state_key):
+        if table.weight is not None and not table.weight.is_meta:
+            raise SetupError(
+                f"{callback.state_key}: {stage} would prune table {table.name!r} of a plain model before measuring it."
+                " Give ckpt_path of a compressed run, or leave the callback out"
+            )
+
+
+def _check_fused_settings(trainer: pl.Trainer, who: str) -> None:
+    """Refuse what an optimizer inside the backward pass cannot honour."""
+    refused = {
+        "gradient_clip_val": bool(trainer.gradient_clip_val),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+        "precision='16-mixed'": trainer.precision == "16-mixed",
+    }
+    for setting, is_set in refused.items():
+        if is_set:
+            raise SetupError(
+                f"{who}: {setting} does not reach tables whose optimizer runs inside the backward pass. Leave it out,"
+                " or train the tables from configure_optimizers"
+            )
+
+
 def _build_model(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[HostView]:
     hosts = find_hosts(pl_module)
     if not hosts and is_overridden("configure_model", pl_module):
@@ -199,7 +227,8 @@ def _install(trainer: pl.Trainer, pl_module: pl.LightningModule, hosts: Sequence
         if isinstance(host.module, RoutedHost):
             _check_same_cuts(host, cuts)
             continue
-        if not any(claimed):
+        unallocated = any(table.weight is not None and table.weight.is_meta for table in host.tables)
+        if not any(claimed) and not unallocated:
             continue
         _check_untied(pl_module, host)
         routed = build_host(host, cuts, pl_module.device)

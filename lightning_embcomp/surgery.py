@@ -20,14 +20,11 @@ from lightning_embcomp.engine.hosts import (
     RoutedHost,
     warm_start,
 )
-from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
+from lightning_embcomp.engine.layout import PLAIN_TABLE, ChunkLayout, LogicalTable
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.tables import PLAIN_HOSTS, HostView, TableView, in_backward_optimizer
-
-PLAIN_TABLE = "table"
-"""Name of the table inside the engine of a stand-alone embedding."""
 
 
 class UnsupportedTableError(ValueError):

@@ -26,7 +26,7 @@ PLAIN_HOSTS = (
 
 
 class UnknownTableError(ValueError):
-    """A table pattern matches nothing."""
+    """A table pattern matches nothing, or the patterns leave no table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,25 +102,46 @@ def find_hosts(root: nn.Module) -> list[HostView]:
 
 
 def select_tables(hosts: Sequence[HostView], patterns: Sequence[str], who: str) -> list[TableView]:
-    """Tables that match any of the patterns.
+    """Tables that the patterns choose, whatever the order of the patterns.
 
     Args:
         hosts: Modules to choose from.
-        patterns: Globs; ``*`` matches every table.
+        patterns: Globs; ``*`` matches every table. One that starts with ``!`` excludes what it matches from what the
+            others select; without others, from all tables.
         who: Name of the caller for the error.
 
     Returns:
-        Matching tables in order.
+        Chosen tables in order.
 
     Raises:
-        UnknownTableError: If a pattern matches no table.
+        UnknownTableError: If a pattern, excluding or not, matches no table, or if no table is left.
+
+    Example:
+        >>> hosts = find_hosts(nn.ModuleDict({"user": nn.Embedding(5, 4), "item": nn.Embedding(9, 4)}))
+        >>> [table.name for table in select_tables(hosts, ["*", "!user"], "me")]
+        ['item']
     """
     tables = [table for host in hosts for table in host.tables]
     names = ", ".join(table.name for table in tables) or "none: the model holds no embedding tables"
     for pattern in patterns:
-        if not any(table.matches(pattern) for table in tables):
+        if not any(table.matches(pattern.removeprefix("!")) for table in tables):
             raise UnknownTableError(f"{who}: no embedding table matches {pattern!r}. Tables of the model: {names}")
-    return [table for table in tables if any(table.matches(pattern) for pattern in patterns)]
+    excluded = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    included = [pattern for pattern in patterns if not pattern.startswith("!")]
+    if excluded and not included:
+        included = ["*"]
+    chosen = [
+        table
+        for table in tables
+        if any(table.matches(pattern) for pattern in included)
+        and not any(table.matches(pattern) for pattern in excluded)
+    ]
+    if patterns and not chosen:
+        raise UnknownTableError(
+            f"{who}: {', '.join(map(repr, patterns))} leave no embedding table: exclude fewer. Tables of the model:"
+            f" {names}"
+        )
+    return chosen
 
 
 def in_backward_optimizer(weight: Any) -> tuple[type[torch.optim.Optimizer], Mapping[str, Any]] | None:  # noqa: ANN401

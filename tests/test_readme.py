@@ -26,6 +26,7 @@ from lightning_embcomp.engine.hosts import RoutedEmbeddingBag
 _ROOT = Path(__file__).resolve().parents[1]
 _CARD = "lightning_embcomp/methods/fiited/README.md"
 _PAGES = ("README.md", "benchmarks/README.md", _CARD)
+_PROGRAMS = ".venv/bin/"
 _ELSEWHERE = {"source .venv/bin/activate", "python3 -m venv .venv"}
 """Lines of bash that concern no file or command of the project."""
 Run = Callable[..., int]
@@ -39,13 +40,19 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text(page), flags=re.MULTILINE | re.DOTALL)
 
 
-def bash_lines() -> list[str]:
-    lines = [line for page in _PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+def bash_lines(*pages: str) -> list[str]:
+    lines = [line for page in pages or _PAGES for block in blocks(page, "bash") for line in block.splitlines()]
     return [line.partition(" #")[0].strip() for line in lines if line.strip()]
 
 
+def split(line: str) -> list[str]:
+    """Words of a command, without the folder of the environment."""
+    first, *others = shlex.split(line)
+    return [first.removeprefix(_PROGRAMS), *others]
+
+
 def commands(first: str) -> list[list[str]]:
-    return [words for words in map(shlex.split, bash_lines()) if words[0] == first]
+    return [words for words in map(split, bash_lines()) if words[0] == first]
 
 
 def table(page: str, heading: str) -> dict[str, str]:
@@ -133,7 +140,7 @@ def test_other_commands_exist(run: Run, capsys: pytest.CaptureFixture[str]) -> N
 def test_scripts_and_files_exist() -> None:
     known = {"make", "embcomp", "pip", "python"}
     for line in bash_lines():
-        words = shlex.split(line)
+        words = split(line)
         if line in _ELSEWHERE:
             continue
         assert words[0] in known, f"unknown command in {line!r}"
@@ -144,6 +151,16 @@ def test_scripts_and_files_exist() -> None:
             files.append(words[1])
         for file in files:
             assert (_ROOT / file).is_file(), f"{file} in {line!r} does not exist"
+
+
+def test_commands_need_no_activation() -> None:
+    active = False
+    for line in bash_lines("README.md"):
+        active = active or line == "source .venv/bin/activate"
+        first = shlex.split(line)[0]
+        assert first not in {"python", "embcomp"}, f"{line!r} works in an activated environment only"
+        assert first != "pip" or active, f"{line!r} comes before the environment is active"
+    assert f"VENV ?= {_PROGRAMS.partition('/')[0]}\n" in text("Makefile")
 
 
 def test_options_of_scripts_exist() -> None:

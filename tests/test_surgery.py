@@ -405,6 +405,75 @@ def test_plain_checkpoints_that_do_not_fit_are_named() -> None:
     assert stand_in.load_state_dict(checkpoint, strict=False).missing_keys == ["embedding_bags.item.weight"]
 
 
+def test_plain_checkpoints_with_foreign_keys_are_named() -> None:
+    stand_in = routed(COLLECTIONS["sum"]())
+    checkpoint = {f"model.{key}": value for key, value in COLLECTIONS["sum"]().state_dict().items()}
+    checkpoint["model.embedding_bags.z.weight"] = torch.zeros(3, 8)
+    checkpoint["model.engine.steps"] = torch.zeros(2)
+    outer = nn.ModuleDict({"model": stand_in})
+    with pytest.raises(RuntimeError, match="Unexpected key.*model.embedding_bags.z.weight.*model.engine.steps"):
+        outer.load_state_dict(checkpoint)
+    found = outer.load_state_dict(checkpoint, strict=False)
+    assert found.unexpected_keys == ["model.embedding_bags.z.weight", "model.engine.steps"] and not found.missing_keys
+    own = {**outer.state_dict(), "model.embedding_bags.z.weight": torch.zeros(3, 8)}
+    assert outer.load_state_dict(own, strict=False).unexpected_keys == ["model.embedding_bags.z.weight"]
+    assert outer.load_state_dict({}, strict=False).missing_keys == ["model.engine.tables"]
+
+
+def test_all_tables_that_do_not_fit_are_named_at_once() -> None:
+    stand_in = routed(COLLECTIONS["sum"]())
+    checkpoint: dict[str, Any] = {
+        "embedding_bags.user.weight": torch.zeros(50, 4),
+        "embedding_bags.item.weight": [1.0],
+    }
+    with pytest.raises(RuntimeError, match=r"(?s)user.weight.*\(50, 4\).*item.weight is a list, not a tensor"):
+        stand_in.load_state_dict(checkpoint)
+
+
+def test_a_warm_start_clears_the_state_of_its_tables() -> None:
+    module = FusedEmbeddingBagCollection(
+        tables=bag_configs(), optimizer_type=torch.optim.Adagrad, optimizer_kwargs={"lr": 0.1}, device=CPU
+    )
+    stand_in = routed(module)
+    checkpoint = {key: value.clone() for key, value in module.state_dict().items()}
+    stand_in(kjt()).values().sum().backward()
+
+    def moments(table: str) -> bool:
+        saved = stand_in.state_dict()
+        return any(bool(v.any()) for k, v in saved.items() if f".{table}." in k and k.endswith("momentum1"))
+
+    assert moments("user") and moments("item")
+    item = checkpoint.pop("embedding_bags.item.weight")
+    stand_in.load_state_dict(checkpoint, strict=False)
+    assert not moments("user") and moments("item")
+    stand_in.load_state_dict({**checkpoint, "embedding_bags.item.weight": item})
+    assert not moments("item")
+    assert torch.equal(stand_in.engine.read_rows(1, 0, 9), item)
+    own = {key: value.clone() for key, value in stand_in.state_dict().items()}
+    assert "engine.loaded" not in own
+    stand_in(kjt()).values().sum().backward()
+    stand_in.load_state_dict(own)  # an own checkpoint after a plain one is loaded as ever
+    assert not moments("user") and not moments("item")
+
+
+def test_the_scheduled_rate_is_saved_and_restored() -> None:
+    stand_in, other = routed(COLLECTIONS["fused"]()), routed(COLLECTIONS["fused"]())
+    optimizer = stand_in.fused_optimizer()
+    optimizer.param_groups[0]["lr"] = 0.025  # a scheduler's step, not yet followed by one of the optimizer
+    saved = {key: value.clone() for key, value in copy.deepcopy(stand_in).state_dict().items()}
+    assert saved["engine.rate"].tolist() == [0.025] and stand_in.engine.classes[0].learning_rate == 0.1
+    other.load_state_dict(saved)
+    assert other.fused_optimizer().param_groups[0]["lr"] == 0.025
+    other.fused_optimizer().step()
+    assert {rows.learning_rate for rows in other.engine.classes} == {0.025}
+    # What cannot be loaded, and a warm start, leave a rate alone that is still to be pushed.
+    optimizer.param_groups[0]["lr"] = 0.0
+    stand_in.load_state_dict(COLLECTIONS["fused"]().state_dict())
+    with pytest.raises(RuntimeError, match="damaged"):
+        stand_in.load_state_dict({**saved, "engine.steps": torch.zeros(1)})
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
 def test_fused_optimizer_handle() -> None:
     stand_in = routed(COLLECTIONS["fused"]())
     optimizer = stand_in.fused_optimizer()

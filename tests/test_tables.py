@@ -58,6 +58,13 @@ def test_every_table_is_found_once() -> None:
         (("*item", "fused.ad"), ["sparse.bags.item", "fused.ad"]),
         (("bags",), ["sparse.bags.user", "sparse.bags.item"]),
         (("[ai]*",), ["sparse.bags.item", "fused.ad"]),
+        ((), []),
+        (("[!su]*",), ["sparse.bags.user", "sparse.bags.item", "fused.ad"]),
+        (("*", "!fused.ad"), ["sparse.bags.user", "sparse.bags.item", "user"]),
+        (("!item", "*"), ["sparse.bags.user", "user", "fused.ad"]),
+        (("!user",), ["sparse.bags.item", "fused.ad"]),
+        (("!sparse.*", "!fused.*"), ["user"]),
+        (("sparse.*", "!ad"), ["sparse.bags.user", "sparse.bags.item"]),
     ],
 )
 def test_globs(patterns: tuple[str, ...], names: list[str]) -> None:
@@ -71,6 +78,18 @@ def test_a_glob_without_a_table_is_named_with_what_there_is() -> None:
         select_tables(find_hosts(model()), ("*", "User"), "me")
     with pytest.raises(UnknownTableError, match="none: the model holds no embedding tables"):
         select_tables(find_hosts(nn.Linear(2, 2)), ("*",), "me")
+
+
+@pytest.mark.parametrize("patterns", [("*", "!User"), ("!User",), ("!",), ("*", "!!user")])
+def test_an_exclusion_without_a_table_is_named(patterns: tuple[str, ...]) -> None:
+    with pytest.raises(UnknownTableError, match=rf"me: no embedding table matches '{patterns[-1]}'. Tables of the"):
+        select_tables(find_hosts(model()), patterns, "me")
+
+
+@pytest.mark.parametrize("patterns", [("!*",), ("*", "!*"), ("sparse.*", "!bags"), ("user", "!*user")])
+def test_exclusions_must_leave_a_table(patterns: tuple[str, ...]) -> None:
+    with pytest.raises(UnknownTableError, match=r"me: .*'![*\w]+' leave no embedding table: exclude fewer. Tables of"):
+        select_tables(find_hosts(model()), patterns, "me")
 
 
 def test_optimizer_in_backward_is_found() -> None:

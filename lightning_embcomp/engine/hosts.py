@@ -2,6 +2,7 @@
 
 Each keeps the interface of what it replaces. They load checkpoints of their own kind and of the module that they
 replaced: in the latter case the rows that have storage are read from the full tables, and the rest is left behind.
+Tables that such a checkpoint lacks are reported as missing and keep their rows.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torchrec.modules.embedding_modules import (
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from lightning_embcomp.engine import state
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.engine.router import slabs
-from lightning_embcomp.engine.row_class import FusedRows
+from lightning_embcomp.engine.row_class import WEIGHT, FusedRows
 
 
 class RoutedHost(nn.Module):
@@ -48,30 +50,40 @@ class RoutedHost(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found = {t: state_dict[prefix + key] for t, key in enumerate(self._plain_keys) if prefix + key in state_dict}
-        if not found:
-            return
-        for t, weights in found.items():
-            table = self.engine.tables[t]
-            if tuple(weights.shape) != (table.rows, table.dim):
-                error_msgs.append(
-                    f"size mismatch for {prefix}{self._plain_keys[t]}: the checkpoint has {tuple(weights.shape)}, table"
-                    f" {table.name!r} is {(table.rows, table.dim)}"
-                )
-                return
-        missing_keys.extend(prefix + key for t, key in enumerate(self._plain_keys) if t not in found)
-        warm_start(self.engine, found)
-        # Own kind of keys, so that the engine, which loads next, finds its state and nothing is reported as missing.
-        for t in found:
-            del state_dict[prefix + self._plain_keys[t]]
-        own: dict[str, Any] = {}
-        self.engine._save_to_state_dict(own, prefix + "engine.", keep_vars=False)
-        state_dict.update({key: value.clone() for key, value in own.items()})
+        child = prefix + "engine."
+        plain = [prefix + key for key in self._plain_keys]
+        found = {t: state_dict[key] for t, key in enumerate(plain) if key in state_dict}
+        # Told apart by the kind that the checkpoint is of: of the other kind, no key belongs.
+        known = set(plain) if found else {key for key in state_dict if key.startswith(child)}
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+        if found:
+            missing_keys.extend(key for key in plain if key not in state_dict)
+            wrong = [message for t, weights in found.items() if (message := self._misfit(plain[t], t, weights))]
+            error_msgs.extend(wrong)
+            if not wrong:
+                warm_start(self.engine, found)
+        elif state.load(self.engine, state_dict, child, missing_keys, unexpected_keys, error_msgs):
+            self._after_load()
+        state.mark_loaded(state_dict, child)
+
+    def _misfit(self, key: str, t: int, weights: object) -> str | None:
+        table = self.engine.tables[t]
+        if not isinstance(weights, Tensor):
+            return f"{key} is a {type(weights).__name__}, not a tensor"
+        if tuple(weights.shape) != (table.rows, table.dim):
+            return (
+                f"size mismatch for {key}: the checkpoint has {tuple(weights.shape)}, table {table.name!r} is"
+                f" {(table.rows, table.dim)}"
+            )
+        return None
+
+    def _after_load(self) -> None:
+        """Called when the engine has taken a saved state."""
 
 
 @torch.no_grad()
 def warm_start(engine: RoutedEmbeddings, tables: Mapping[int, Tensor]) -> None:
-    """Read the rows that have storage from full tables.
+    """Read the rows that have storage from full tables; their fused optimizer state starts at zero.
 
     Args:
         engine: The engine.
@@ -80,6 +92,12 @@ def warm_start(engine: RoutedEmbeddings, tables: Mapping[int, Tensor]) -> None:
     for t, weights in tables.items():
         for start, stop in slabs(engine.tables[t].rows):
             engine.load_rows(t, start, weights[start:stop])
+        for c, rows in enumerate(engine.classes):
+            first, last = engine.class_span(t, c)
+            if isinstance(rows, FusedRows):
+                for name, storage in rows.storages().items():
+                    if name != WEIGHT:
+                        storage.tensor[first:last].zero_()
 
 
 class RoutedFusedOptimizer(FusedOptimizer):
@@ -87,12 +105,23 @@ class RoutedFusedOptimizer(FusedOptimizer):
 
     def __init__(self, engine: RoutedEmbeddings) -> None:
         self._engine = engine
-        rates = {rows.learning_rate for rows in engine.classes if isinstance(rows, FusedRows)}
-        super().__init__({}, {}, [{"params": [], "lr": rates.pop()}])
+        super().__init__({}, {}, [{"params": [], "lr": self._engine_rate()}])
+
+    @property
+    def rate(self) -> float:
+        """The rate that the next step or ``zero_grad`` gives to the rows."""
+        return float(cast("list[dict[str, float]]", self.param_groups)[0]["lr"])
+
+    def pull_rate(self) -> None:
+        """Take the rate over that the engine was loaded with."""
+        cast("list[dict[str, float]]", self.param_groups)[0]["lr"] = self._engine_rate()
+
+    def _engine_rate(self) -> float:
+        return next(rows.learning_rate for rows in self._engine.classes if isinstance(rows, FusedRows))
 
     def step(self, closure: Any = None) -> None:  # noqa: ANN401
         """Push the learning rate; the rows were updated in the backward pass."""
-        self._engine.set_learning_rate(cast("list[dict[str, float]]", self.param_groups)[0]["lr"])
+        self._engine.set_learning_rate(self.rate)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Push the learning rate; there are no gradients to clear."""
@@ -116,6 +145,11 @@ class RoutedEmbeddingBagCollection(RoutedHost, EmbeddingBagCollectionInterface):
         self._embedding_names = [name for names in get_embedding_names_by_table(configs) for name in names]
         self._lengths = [config.embedding_dim for config in configs for _ in config.feature_names]
         self._optimizer = RoutedFusedOptimizer(engine) if engine.options.optimizer else None
+        self.register_state_dict_post_hook(_save_scheduled_rate)
+
+    def _after_load(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.pull_rate()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pool the features.
@@ -153,6 +187,15 @@ class RoutedEmbeddingBagCollection(RoutedHost, EmbeddingBagCollectionInterface):
         if self._optimizer is None:
             raise RuntimeError("these tables have no fused optimizer: they are trained from configure_optimizers")
         return self._optimizer
+
+
+def _save_scheduled_rate(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """Save the rate that a scheduler has set for the next step, which the engine does not know yet."""
+    optimizer = cast(RoutedEmbeddingBagCollection, module)._optimizer
+    if optimizer is not None:
+        state_dict[prefix + "engine.rate"].fill_(optimizer.rate)
 
 
 class RoutedEmbeddingCollection(RoutedHost, EmbeddingCollectionInterface):

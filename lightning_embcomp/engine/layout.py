@@ -20,6 +20,10 @@ Columns = tuple[tuple[int, int], ...]
 
 LANES = 4
 """FBGEMM tables have widths that are a multiple of this."""
+MAX_CLASSES = 255
+"""Row classes are numbered in one byte; the last number means none."""
+PLAIN_TABLE = "table"
+"""Name of the table inside the engine of a stand-alone embedding."""
 _MAX_CODES = 33  # keeps the router within 3 bytes per row
 
 
@@ -129,6 +133,11 @@ class ClassMap:
         """
         needed = {(table.dim, table.columns_of(code)) for table in tables for code in range(1, table.codes)}
         classes = sorted(needed, key=lambda key: (sum(length for _, length in key[1]), key))
+        if len(classes) > MAX_CLASSES:
+            raise ValueError(
+                f"tables of one collection need {len(classes)} row classes, more than {MAX_CLASSES}: use fewer chunks"
+                " or layout 'prefix', or put tables of different dim into collections of their own"
+            )
         index = {key: i for i, key in enumerate(classes)}
         class_of_code = tuple(
             tuple(-1 if code == 0 else index[table.dim, table.columns_of(code)] for code in range(table.codes))

@@ -32,8 +32,8 @@ class Call:
     utility: RowUtility | None
     moves: int
 
-    def observe(self, grad: Tensor) -> None:
-        """Feed the row utilities.
+    def begin_backward(self, grad: Tensor) -> None:
+        """Count the step and feed the row utilities.
 
         Raises:
             RuntimeError: If the slots that were looked up are not those of today.
@@ -43,6 +43,7 @@ class Call:
                 "rows have moved (pruning event or load_state_dict) between the lookup and its backward pass: run"
                 " backward first"
             )
+        self.engine.count_step()
         if self.utility is not None:
             self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights)
 
@@ -62,7 +63,7 @@ class AssembleClasses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
         """Hand each class its part of the gradient."""
         call: Call = ctx.call
-        call.observe(grads[0])
+        call.begin_backward(grads[0])
         parts = disassemble(grads[0], call.offsets, ctx.batch, call.layout, call.engine.columns)
         return (None, None, None, *[part for part in parts if part is not None])
 
@@ -83,7 +84,7 @@ class DirectLookup(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
         """Update the rows; there is nothing to hand on."""
         call: Call = ctx.call
-        call.observe(grads[0])
+        call.begin_backward(grads[0])
         engine = call.engine
         update_rows(
             engine.split_embedding_weights(),

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcomp.engine import state
+from lightning_embcomp.engine.interrupts import interrupts_held
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable
 from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.engine.optimizer_state import UnmovableStateError
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan
 from lightning_embcomp.engine.relocation import relocate
 from lightning_embcomp.engine.router import Router
@@ -93,6 +95,8 @@ class RoutedEmbeddings(nn.Module):
         self.utility: RowUtility | None = None
         self._layouts: dict[tuple[int, ...], BagLayout] = {}
         self.moves = 0
+        self.damaged = False
+        self.rate_power: float | None = None
 
     def _new_class(self, width: int) -> RowClass:
         options = self.options
@@ -149,16 +153,16 @@ class RoutedEmbeddings(nn.Module):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
         _check_extent(indices, offsets, weights)
-        training = self.training and torch.is_grad_enabled()
-        call = Call(self, layout, indices, offsets, weights, self.utility if training else None, self.moves)
+        self.check_intact()
+        training = torch.is_grad_enabled()
+        observer = self.utility if training and self.training else None
+        call = Call(self, layout, indices, offsets, weights, observer, self.moves)
         # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
         anchor = torch.zeros((), requires_grad=training)
         try:
             rules = self._direct_rules(weights)
             if rules is not None:
                 found: Tensor = DirectLookup.apply(call, rules, anchor)
-                if training:
-                    self._count_step()
                 return found
             batch = route(indices, offsets, layout, self.router.tensors, len(self.classes))
         except IdOutOfRangeError as error:
@@ -167,7 +171,7 @@ class RoutedEmbeddings(nn.Module):
                 f"id {error.value} at position {error.position} of the batch is outside table {table.name!r} with"
                 f" {table.rows} rows; map unknown values to an out-of-vocabulary id first"
             ) from error
-        pooled = [self._class_lookup(c, batch, weights, training=training) for c in range(len(self.classes))]
+        pooled = [self._class_lookup(c, batch, weights) for c in range(len(self.classes))]
         out: Tensor = AssembleClasses.apply(call, batch, anchor, *[rows for rows in pooled if rows is not None])
         return out
 
@@ -179,18 +183,19 @@ class RoutedEmbeddings(nn.Module):
         found = [rule for rule in rules if rule is not None]
         return found if len(found) == len(self.classes) else None
 
-    def _count_step(self) -> None:
+    def count_step(self) -> None:
+        """Count one backward pass of the fused optimizer."""
         for rows in self.classes:
             if isinstance(rows, FusedRows):
-                rows.step += 1
+                rows.restore_step(rows.step + 1)
 
-    def _class_lookup(self, c: int, batch: RoutedBatch, weights: Tensor | None, *, training: bool) -> Tensor | None:
+    def _class_lookup(self, c: int, batch: RoutedBatch, weights: Tensor | None) -> Tensor | None:
         first, last = batch.id_start[c], batch.id_start[c + 1]
         if first == last:
             return None
         offsets = batch.offsets[batch.bag_start[c] + c : batch.bag_start[c + 1] + c + 1]
         chosen = None if weights is None else weights.float()[batch.positions[first:last].long()]
-        return self.classes[c].lookup(batch.slots[first:last], offsets, chosen, training=training)
+        return self.classes[c].lookup(batch.slots[first:last], offsets, chosen)
 
     def _pooled_layout(self, batch_size: int) -> BagLayout:
         key = (batch_size,)
@@ -238,9 +243,28 @@ class RoutedEmbeddings(nn.Module):
         Returns:
             How many rows changed.
         """
-        summary = relocate(self, plan, optimizers)
+        self.check_intact()
         self.moves += 1
-        return summary
+        with interrupts_held():
+            try:
+                return relocate(self, plan, optimizers)
+            except (ValueError, UnmovableStateError):
+                raise  # refused before the first row moved
+            except BaseException:
+                self.damaged = True
+                raise
+
+    def check_intact(self) -> None:
+        """Raise if a move failed half-way.
+
+        Raises:
+            RuntimeError: If rows and router do not belong together any more.
+        """
+        if self.damaged:
+            raise RuntimeError(
+                "a move of rows failed half-way, so these tables are lost: build the module again and load the last"
+                " checkpoint"
+            )
 
     def track_utility(self, utility: RowUtility | None) -> None:
         """Let training steps move these utilities."""
@@ -347,6 +371,7 @@ class RoutedEmbeddings(nn.Module):
         Args:
             power: The exponent p; 0 keeps one rate for all.
         """
+        self.rate_power = power
         for c, rows in enumerate(self.classes):
             if isinstance(rows, FusedRows):
                 rows.rate_scale = self.class_map.share(c) ** -power
@@ -356,6 +381,7 @@ class RoutedEmbeddings(nn.Module):
         """Nothing is cached outside the tables."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.check_intact()
         state.save(self, destination, prefix)
 
     def _load_from_state_dict(
@@ -382,6 +408,9 @@ def _check_extent(indices: Tensor, offsets: Tensor, weights: Tensor | None) -> N
         raise ValueError(
             f"offsets go from {first} to {last}, but must go from 0 to the {indices.numel()} ids of the batch"
         )
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        bag = int((offsets[1:] < offsets[:-1]).nonzero()[0])
+        raise ValueError(f"offsets must not fall: bag {bag} goes from {int(offsets[bag])} to {int(offsets[bag + 1])}")
     if weights is not None and weights.shape != indices.shape:
         raise ValueError(
             f"per_sample_weights of shape {tuple(weights.shape)} do not match ids of shape {tuple(indices.shape)}"

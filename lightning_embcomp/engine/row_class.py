@@ -58,7 +58,7 @@ class RowClass(Protocol):
     def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
         """Take over tensors that :meth:`allocate` made, and let the old ones go."""
 
-    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Sum the rows of each bag into float32 ``(bags, width)``."""
 
 
@@ -135,14 +135,11 @@ class FusedRows:
         self._set_step(self.step)
         return table
 
-    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
-        """Pooled lookup; FBGEMM counts forward passes, which evaluation must not move."""
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Pooled lookup; FBGEMM counts forward passes, but only backward passes are steps."""
         table = self._table or self._build_table()
         pooled = table(slots, offsets, per_sample_weights=weights)
-        if training:
-            self.step += 1
-        else:
-            self._set_step(self.step)
+        self._set_step(self.step)
         return pooled
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -209,7 +206,7 @@ class TrainedRows:
         self.parameter.data = storages[WEIGHT].tensor
         self.companions = {name: storage for name, storage in storages.items() if name != WEIGHT}
 
-    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, *, training: bool) -> Tensor:
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Pooled lookup with autograd."""
         dtype = self.parameter.dtype
         return F.embedding_bag(

@@ -7,8 +7,14 @@ Keys under the engine's prefix, for table ``T`` and code ``k``:
 * ``tables.T.rows.k.weight`` and ``tables.T.rows.k.<optimizer state>``: rows of code ``k`` in logical order
 * ``tables.T.utility`` and ``tables.T.gain``: utilities and the mean gain of an occurrence, if tracked
 * ``steps``: int64 ``[fused optimizer steps, observed steps]``
+* ``rate``: float64 ``[learning rate]`` of the fused optimizer before any scaling by class, if there is one
 
 Tensors are views of live storage, as in any ``state_dict``: clone what must survive the next training step.
+
+Rows of an optimizer of ``configure_optimizers`` take the number and order that they had when they were saved. State
+which such an optimizer already holds for them does not follow: after loading a state dict in the middle of a run,
+rebuild the optimizer or load its own saved state. The order in which Lightning resumes, model before optimizers, is
+fine.
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 LAYOUTS = ("prefix", "chunks")
+_LOADED_KEY = "loaded"
+_LOADED = object()  # no checkpoint can hold it
 
 
 def save(engine: RoutedEmbeddings, destination: dict[str, Any], prefix: str) -> None:
@@ -50,6 +58,14 @@ def save(engine: RoutedEmbeddings, destination: dict[str, Any], prefix: str) -> 
     steps = max((rows.step for rows in engine.classes if isinstance(rows, FusedRows)), default=0)
     observed = engine.utility.step if engine.utility is not None else 0
     destination[prefix + "steps"] = torch.tensor([steps, observed])
+    rates = [rows.learning_rate for rows in engine.classes if isinstance(rows, FusedRows)]
+    if rates:
+        destination[prefix + "rate"] = torch.tensor(rates[:1], dtype=torch.float64)
+
+
+def mark_loaded(source: dict[str, Any], prefix: str) -> None:
+    """Let the next :func:`load` from this state dict do nothing, because the engine was brought up already."""
+    source[prefix + _LOADED_KEY] = _LOADED
 
 
 def load(
@@ -59,13 +75,28 @@ def load(
     missing_keys: list[str],
     unexpected_keys: list[str],
     error_msgs: list[str],
-) -> None:
-    """Bring the engine to a saved state; classes take the sizes that they had."""
+) -> bool:
+    """Bring the engine to a saved state; classes take the sizes that they had.
+
+    Args:
+        engine: The engine.
+        source: State dict.
+        prefix: The engine's prefix in it.
+        missing_keys: Takes the keys that are missing.
+        unexpected_keys: Takes the keys that nothing is known about.
+        error_msgs: Takes what does not fit; the engine is as before then.
+
+    Returns:
+        Whether the engine took the saved state.
+    """
+    if source.get(prefix + _LOADED_KEY) is _LOADED:
+        return False
     present = {key for key in source if key.startswith(prefix)}
     expected = set(_keys(engine, prefix))
     if not present & expected:
         missing_keys.append(prefix + "tables")
-        return
+        unexpected_keys.extend(sorted(present))
+        return False
     missing = sorted(expected - present)
     missing_keys.extend(missing)
     unexpected_keys.extend(sorted(present - expected))
@@ -75,7 +106,7 @@ def load(
     wrong = wrong or list(_damage(engine, source, prefix))
     error_msgs.extend(wrong)
     if wrong:
-        return
+        return False
 
     engine.move(ReadPlan(lambda t, start, stop: _read_codes(engine.tables[t], source, prefix, start, stop)))
     for t, table in enumerate(engine.tables):
@@ -94,10 +125,13 @@ def load(
             rows.restore_step(int(steps[0]))
     if engine.utility is not None:
         engine.utility.step = int(steps[1])
+    if engine.options.optimizer is not None:
+        engine.set_learning_rate(float(source[prefix + "rate"]))
+    return True
 
 
 def _keys(engine: RoutedEmbeddings, prefix: str) -> list[str]:
-    keys = [prefix + "steps"]
+    keys = [prefix + "steps"] + ([prefix + "rate"] if engine.options.optimizer is not None else [])
     for t, table in enumerate(engine.tables):
         key = f"{prefix}tables.{table.name}."
         keys += [key + "shape", key + "codes"]
@@ -135,6 +169,8 @@ def _shape_error(table: LogicalTable, source: dict[str, Any], prefix: str) -> st
 def _damage(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str) -> Iterator[str]:
     """What does not fit together, found before anything is changed."""
     sizes: dict[str, tuple[int, ...]] = {prefix + "steps": (2,)}
+    if engine.options.optimizer is not None:
+        sizes[prefix + "rate"] = (1,)
     for t, table in enumerate(engine.tables):
         key = f"{prefix}tables.{table.name}."
         planes = source[key + "codes"]

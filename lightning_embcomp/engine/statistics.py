@@ -10,11 +10,14 @@ from torch import Tensor
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.kernels.assemble import bag_norms
 from lightning_embcomp.kernels.types import BagLayout
-from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility
+from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility, decay_utility
 
 GAIN_BYTES = 16
 """Bytes of a table's running mean gain: a sum and a count."""
 _GAIN_MEMORY = 0.99  # share of the running mean that a step keeps
+# Odd multipliers that keep the random bits of decays apart from each other and from those of observed steps.
+_DECAY_STEP = 0x9E3779B9
+_DECAY_TABLE = 0x7FEB352D
 
 
 class RowUtility:
@@ -81,20 +84,34 @@ class RowUtility:
         if self.step % self.every_n_steps:
             return
         norms = bag_norms(grad, offsets, layout, self.parts)
-        self._track_gain(norms, offsets, layout)
+        self._track_gain(norms, offsets, layout, weights)
         accumulate_utility(
             self.values, self.row_start, indices, offsets, layout, norms, weights, self.kind, seed=self.step
         )
 
     def decay(self, table: int, factor: float) -> None:
-        """Multiply the utilities of a table by a factor below one."""
-        self.of_table(table).mul_(factor)
+        """Multiply the utilities of a table by a factor from 0 to 1, rounded so that the mean is right.
 
-    def _track_gain(self, norms: Tensor, offsets: Tensor, layout: BagLayout) -> None:
+        The rounding depends on the step and the table alone, so that a resumed run repeats it bit for bit; decays of a
+        table are expected to have an observed step between them.
+        """
+        seed = self.step * _DECAY_STEP + (table + 1) * _DECAY_TABLE
+        decay_utility(self.of_table(table), factor, seed & 0xFFFFFFFF)
+
+    def _track_gain(self, norms: Tensor, offsets: Tensor, layout: BagLayout, weights: Tensor | None) -> None:
         lengths = offsets.long().diff().double()
-        per_bag = lengths if self.kind == "frequency" else norms.double().mean(1) * lengths
+        if self.kind == "frequency":
+            per_bag = lengths
+        else:
+            scale = lengths if weights is None else _bag_sums(weights.detach().double().abs(), offsets)
+            per_bag = norms.double().mean(1) * scale
         ends = layout.bag_start
         self.gain *= _GAIN_MEMORY
         for column, values in enumerate((per_bag, lengths)):
-            sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
-            self.gain[:, column].index_add_(0, layout.table, sums[ends[1:]] - sums[ends[:-1]])
+            self.gain[:, column].index_add_(0, layout.table, _bag_sums(values, ends))
+
+
+def _bag_sums(values: Tensor, ends: Tensor) -> Tensor:
+    """Sums of the values between consecutive boundaries."""
+    sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    return sums[ends.long()].diff()

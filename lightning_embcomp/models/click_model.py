@@ -12,6 +12,7 @@ from torchmetrics.classification import BinaryAUROC
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from lightning_embcomp.errors import NonFiniteLossError
 from lightning_embcomp.metrics import Calibration, LogLoss, NormalizedEntropy
 from lightning_embcomp.models.architectures import Architecture, build_dcn, build_deepfm, build_dlrm
 from lightning_embcomp.models.collections import EmbeddingOptimizer, Pooling, build_collection, table_configs
@@ -30,10 +31,6 @@ _DENSE_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 # SGD needs more: its gradients are averaged over the batch, and most rows are seen rarely.
 _FUSED_LR = {"rowwise_adagrad": 0.02, "sgd": 1.0}
 _FUSED_STATE_KEY = "fused_embedding_optimizer"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite."""
 
 
 class ClickModel(pl.LightningModule):

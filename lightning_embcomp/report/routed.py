@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_embcomp.engine.layout import ClassMap, LogicalTable
+from lightning_embcomp.engine.layout import PLAIN_TABLE, ClassMap, LogicalTable
 from lightning_embcomp.engine.memory import TableMemory, plain_weight_bytes
 from lightning_embcomp.engine.router import BLOCK, slabs, words_per_block
 from lightning_embcomp.engine.row_class import WEIGHT
@@ -17,7 +17,6 @@ from lightning_embcomp.engine.state import FORMAT_VERSION, LAYOUTS
 from lightning_embcomp.engine.statistics import GAIN_BYTES
 from lightning_embcomp.report.account import TableReport
 from lightning_embcomp.report.optimizer_states import OptimizerStates, StateSize, state_size
-from lightning_embcomp.surgery import PLAIN_TABLE
 
 _ENGINE = "engine"
 _WORD_BYTES = 8

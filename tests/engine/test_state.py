@@ -72,6 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "no rows": (without("tables.c.rows.3.weight"), r"tables.c.rows.3.weight"),
     "no utility": (without("tables.b.utility"), "tables.b.utility"),
     "no steps": (without("steps"), "steps"),
+    "no rate": (without("rate"), "rate"),
     "extra key": (lambda saved: saved.__setitem__("tables.z.codes", saved["tables.a.codes"]), "tables.z.codes"),
     "newer": (with_value("tables.a.shape", lambda s: s + torch.tensor([1, 0, 0, 0, 0])), "saved in format 2.*update"),
     "newer and longer": (
@@ -86,6 +87,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "a plane more": (with_value("tables.a.codes", lambda c: torch.cat([c, c], 1)), "tables.a.codes.*damaged"),
     "unknown code": (with_value("tables.a.codes", unknown_code), "tables.a.codes.*damaged"),
     "steps cut": (with_value("steps", lambda s: s[:1]), "steps.*damaged"),
+    "rate cut": (with_value("rate", lambda r: r[:0]), "rate.*damaged"),
 }
 
 
@@ -134,3 +136,28 @@ def test_no_state_at_all_is_reported_as_missing() -> None:
     assert_same_state(before, snapshot(engine))
     with pytest.raises(RuntimeError, match="Missing key"):
         engine.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad"])
+def test_the_learning_rate_is_restored(kind: FusedKind) -> None:
+    """Unscaled: a class of narrow rows keeps its factor."""
+    engine, other = make_engine(kind), make_engine(kind)
+    for each in (engine, other):
+        each.scale_rates(0.5)
+    engine.set_learning_rate(0.3)
+    saved = snapshot(engine)
+    assert saved["rate"].dtype == torch.float64 and saved["rate"].tolist() == [0.3]
+    other.load_state_dict(saved)
+    assert other.classes[0].learning_rate == 0.3  # type: ignore[attr-defined]
+    train(engine, 3)
+    train(other, 3)
+    assert_same_state(snapshot(engine), snapshot(other))
+
+
+def test_rows_of_other_optimizers_have_no_rate() -> None:
+    assert "rate" not in make_engine(None).state_dict()
+
+
+def test_foreign_keys_alone_are_named() -> None:
+    found = make_engine().load_state_dict({"what": torch.ones(1)}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["tables"], ["what"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_embcomp.kernels.dispatch import force_backend
 from lightning_embcomp.kernels.types import BagLayout
-from lightning_embcomp.kernels.utility import accumulate_utility
+from lightning_embcomp.kernels.utility import accumulate_utility, decay_utility
 from lightning_embcomp.kernels.utility.reference import round_stochastically
 
 from .cases import CASES, LARGE, Case, threads
@@ -136,3 +136,52 @@ def test_no_id_moves_nothing(backend: str) -> None:
     before = utility.clone()
     run(case, utility, torch.ones(len(case.offsets) - 1, 1), "gradient")
     assert torch.equal(utility, before)
+
+
+@pytest.mark.parametrize("factor", [0.999, 0.995, 0.98])
+def test_a_chain_of_decays_is_right_on_average(backend: str, factor: float) -> None:
+    before = 10.0 ** torch.linspace(-3, 3, 4000)
+    utility = before.bfloat16().view(-1, 2)
+    exact = utility.double().sum(1) * factor**100
+    for step in range(100):
+        decay_utility(utility, factor, seed=1000 + step)
+    # A hundred independent roundings, each off by about 2^-9 of the value, come to about 0.02 per number.
+    found = utility.double().sum(1)
+    assert ((found - exact) / exact).abs().max() < 0.15
+    assert abs(((found - exact) / exact).mean().item()) < 0.005
+
+
+def test_nearest_rounding_would_lose_these_decays() -> None:
+    """The test above means something: 200 is what rounding to nearest makes of 200 times 0.999."""
+    assert (torch.tensor(200.0).bfloat16() * 0.999).item() == 200.0
+
+
+def test_decays_round_alike_on_both_twins_and_any_number_of_threads() -> None:
+    values = torch.rand((1 << 20) + 5, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    results = []
+    for backend, count in (("cpu", 1), ("cpu", 2), ("reference", 1)):
+        found = values.clone()
+        with force_backend(backend), threads(count):  # type: ignore[arg-type]
+            decay_utility(found, 0.98, 9)
+        results.append(found)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    other = values.clone()
+    decay_utility(other, 0.98, 10)
+    assert not torch.equal(results[0], other)
+
+
+def test_decay_by_exact_factors(backend: str) -> None:
+    values = torch.tensor([0.0, 1.0, 3.5, 2.0**-120], dtype=torch.bfloat16)
+    for factor in (1.0, 0.5, 0.0):
+        found = values.clone()
+        decay_utility(found, factor, 3)
+        assert torch.equal(found, values * factor)
+    decay_utility(values[:0], 0.9, 1)
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.1, float("nan")])
+def test_decays_that_are_none_are_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match="factor from 0 to 1"):
+        decay_utility(torch.ones(3, dtype=torch.bfloat16), factor, 1)
+    with pytest.raises(ValueError, match="must be contiguous bfloat16, not torch.float32"):
+        decay_utility(torch.ones(3), 0.5, 1)

@@ -1,16 +1,17 @@
-"""Accumulate the utility of logical rows from the gradients of the pooled output."""
+"""Accumulate the utility of logical rows from the gradients of the pooled output, and let it decay."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.dispatch import backend_for
 from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.kernels.utility import cpu, reference
 
-__all__ = ["UtilityKind", "accumulate_utility"]
+__all__ = ["UtilityKind", "accumulate_utility", "decay_utility"]
 
 UtilityKind = Literal["gradient", "frequency", "peak_gradient"]
 
@@ -45,3 +46,32 @@ def accumulate_utility(
     """
     kernel = cpu.accumulate_utility if backend_for(utility.device) == "cpu" else reference.accumulate_utility
     kernel(utility, row_start, indices, offsets, layout, norms, weights, kind, seed)
+
+
+def decay_utility(values: Tensor, factor: float, seed: int) -> None:
+    """Multiply utilities by a factor, in place.
+
+    Products are rounded to bfloat16 stochastically: neighbouring bfloat16 numbers are up to 0.8 % apart, so rounding to
+    nearest would drop a decay by less than half of that altogether. Decays that follow each other need different seeds:
+    the same bits would round the same values up each time.
+
+    Args:
+        values: Contiguous bfloat16 tensor of non-negative numbers, changed in place.
+        factor: From 0 to 1.
+        seed: The pseudo-random bits are a hash of it and the position of the value.
+
+    Raises:
+        ValueError: If the factor is outside 0 to 1, or the values are not contiguous bfloat16.
+
+    Example:
+        >>> values = torch.tensor([[1.0], [256.0]], dtype=torch.bfloat16)
+        >>> decay_utility(values, 0.5, seed=1)
+        >>> values.flatten().tolist()
+        [0.5, 128.0]
+    """
+    if not 0.0 <= factor <= 1.0:
+        raise ValueError(f"utilities decay by a factor from 0 to 1, not {factor}")
+    if values.dtype != torch.bfloat16 or not values.is_contiguous():
+        raise ValueError(f"utilities must be contiguous bfloat16, not {values.dtype} with strides {values.stride()}")
+    kernel = cpu.decay_utility if backend_for(values.device) == "cpu" else reference.decay_utility
+    kernel(values, factor, seed)

@@ -1,4 +1,8 @@
-"""Utility accumulation on CPU: one pass over the ids, tables in parallel so that no two threads share a row."""
+"""Utilities on CPU.
+
+Accumulation is one pass over the ids, tables in parallel so that no two threads share a row; decay is one pass over the
+values.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from lightning_embcomp.kernels.types import BagLayout
 
 _AHEAD = 16
 _IDS_PER_THREAD = 8192
+_VALUES_PER_THREAD = 1 << 18
 _KINDS = {"gradient": 0, "frequency": 1, "peak_gradient": 2}
 _MASK = np.uint64(0xFFFFFFFF)
 
@@ -93,5 +98,22 @@ def accumulate_utility(
         norms.numpy(),
         np.empty(0, np.float32) if weights is None else weights.detach().float().contiguous().numpy(),
         _KINDS[kind],
+        np.uint64(seed & 0xFFFFFFFF),
+    )
+
+
+@threaded()
+def _decay(values: Any, factor: Any, seed: Any) -> None:
+    for i in numba.prange(values.shape[0]):
+        scaled = bits_float(np.uint32(values[i]) << np.uint32(16)) * factor
+        values[i] = np.uint16((float_bits(scaled) + _hash(seed, i)) >> np.uint32(16))
+
+
+def decay_utility(values: Tensor, factor: float, seed: int) -> None:
+    """Numba twin of :func:`lightning_embcomp.kernels.utility.reference.decay_utility`."""
+    _decay(
+        threads_for(values.numel(), _VALUES_PER_THREAD),
+        values.view(torch.int16).numpy().view(np.uint16).reshape(-1),
+        np.float32(factor),
         np.uint64(seed & 0xFFFFFFFF),
     )

@@ -1,4 +1,4 @@
-"""Utility accumulation in plain PyTorch.
+"""Accumulation and decay of utilities in plain PyTorch.
 
 The occurrences of one row are summed in float32 first and rounded once, while the CPU kernel rounds after every
 occurrence: both have the same expectation, and agree to bfloat16 precision where a row occurs once.
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.types import BagLayout
+
+_SLAB = 1 << 20  # values at a time: the random bits take eight bytes each
 
 
 def hash_bits(seed: int, position: Tensor) -> Tensor:
@@ -73,3 +75,14 @@ def accumulate_utility(
     parts = utility.shape[1]
     position = first.unsqueeze(1) * parts + torch.arange(parts, device=rows.device)
     utility[unique] = round_stochastically(after, hash_bits(seed, position))
+
+
+def decay_utility(values: Tensor, factor: float, seed: int) -> None:
+    """Plain twin of :func:`lightning_embcomp.kernels.utility.decay_utility`."""
+    flat = values.view(-1)
+    for start in range(0, flat.numel(), _SLAB):
+        part = flat[start : start + _SLAB]
+        position = torch.arange(start, start + part.numel(), device=values.device)
+        # As a tensor: a Python float would be multiplied in double precision on some devices.
+        scaled = part.float() * torch.tensor(factor, dtype=torch.float32, device=values.device)
+        part.copy_(round_stochastically(scaled, hash_bits(seed, position)))

@@ -30,7 +30,8 @@ class DimensionPruning(CompressionCallback):
         target: Fraction of the embedding weight bytes to remove, from 0 to below 1. Give this or ``budget``.
         budget: Bytes for the selected tables with everything they need (weights, fused optimizer state, router,
             utilities), as a number or like ``2GB``.
-        tables: Globs of the tables to prune. Tables whose dim cannot be cut are refused by name.
+        tables: Globs of the tables to prune; one that starts with ``!`` excludes. Tables whose dim cannot be cut are
+            refused by name.
         scope: ``global`` compares the rows of all tables, ``table`` gives every table the same share.
         schedule: When events happen.
         granularity: What lives or dies, and how its worth is measured.
@@ -104,7 +105,7 @@ class DimensionPruning(CompressionCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue the step count of a resumed run; a new run starts at its first step."""
-        self._last_step = trainer.global_step
+        self._last_step = _steps_done(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -115,7 +116,7 @@ class DimensionPruning(CompressionCallback):
         batch_idx: int,
     ) -> None:
         """Prune after the optimizer step, when the schedule says so."""
-        step = trainer.global_step
+        step = _steps_done(trainer, pl_module)
         if step == self._last_step or self.pruner is None:
             return
         due = any(self.schedule.is_event(s) for s in range(self._last_step + 1, step + 1))
@@ -158,3 +159,10 @@ class DimensionPruning(CompressionCallback):
                 f" has chunks={self.granularity.chunks}, layout={self.granularity.layout!r}. Use the saved settings"
             )
         self._events = int(state_dict["events"])
+
+
+def _steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """Optimizer steps so far; batches where the module optimises by hand, since fused tables need no optimizer step."""
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,12 +74,17 @@ class DimensionPruner:
         self.normalize = normalize
         self.engines = list({id(table.engine): table.engine for table in tables}.values())
         for engine in self.engines:
+            names = ", ".join(table.name for table in tables if table.engine is engine)
+            if engine.rate_power not in (None, self.granularity.rate_power):
+                raise ValueError(
+                    f"{names}: row classes of this collection have rate_power={engine.rate_power} already, not"
+                    f" {self.granularity.rate_power}: use the same, or put them into a collection of their own"
+                )
             engine.scale_rates(self.granularity.rate_power)
             wanted = self._new_utility(engine)
             if engine.utility is None:
                 engine.track_utility(wanted)
             elif not engine.utility.measures_like(wanted):
-                names = ", ".join(table.name for table in tables if table.engine is engine)
                 raise ValueError(
                     f"{names}: utilities of this collection are measured with other settings already (granularity:"
                     " chunks with layout 'chunks', utility, sample_every_n_steps): use the same, or put the tables into"
@@ -156,11 +161,11 @@ class DimensionPruner:
             return contender
         assert engine.utility is not None
         floor = self.granularity.prior_occurrences * engine.utility.mean_gain(table.index)
-        contender = Contender(**{**vars(contender), "floor": floor})
+        contender = replace(contender, floor=floor)
         if not self.normalize:
             return contender
         mean = mean_utility(contender)
-        return contender if mean == 0 else Contender(**{**vars(contender), "weight": 1.0 / mean})
+        return contender if mean == 0 else replace(contender, weight=1.0 / mean)
 
     def _allowance(self, table: PrunedTable) -> int:
         """Bytes that the rows of one table bring into the common budget."""

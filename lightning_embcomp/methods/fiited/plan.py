@@ -159,7 +159,7 @@ def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCel
     if bool(counts[:, :, NOT_FINITE:].any()):
         raise NonFiniteUtilityError(
             f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
-            " pruning event. Lower the learning rate, or clip gradients"
+            " pruning event. Lower the learning rate, or look for bad values in the batches"
         )
     part_of, state_of, bin_of = counts.nonzero(as_tuple=True)
     count_of = counts[part_of, state_of, bin_of]

@@ -1,0 +1,5 @@
+"""Errors that several parts of the package raise."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss is NaN or infinite."""
