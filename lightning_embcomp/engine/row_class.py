@@ -1,4 +1,4 @@
-"""Storage and lookup of one row class: an ordinary FBGEMM table, or a parameter that the user's optimizer drives."""
+"""Storage and lookup of one row class: laid out as an FBGEMM table, or a parameter that the user's optimizer drives."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ class RowClass(Protocol):
 
 
 class FusedRows:
-    """Rows in an FBGEMM training table; the optimizer runs inside its backward pass.
+    """Rows in the layout of an FBGEMM training table; the optimizer runs inside the backward pass.
+
+    Where :meth:`direct_rule` names a rule, the engine looks rows up and updates them with its own kernels; elsewhere
+    :meth:`lookup` builds FBGEMM's table over the same tensors.
 
     Args:
         width: Columns of the class.
