@@ -114,38 +114,50 @@ def _disassemble(
                     target += run_length[run]
 
 
+@numba.njit(cache=True, boundscheck=False, fastmath=_FAST, inline="always")
+def _norms_of_bag(row: Any, first: Any, width: Any, length: Any, mean: Any, out: Any) -> None:
+    parts = out.shape[0]
+    if length == 0:
+        out[:] = np.float32(0.0)
+        return
+    scale = np.float32(1.0) / np.float32(length) if mean else np.float32(1.0)
+    part_width = width // parts
+    for part in range(parts):
+        total = np.float32(0.0)
+        for d in range(first, first + part_width):
+            total += row[d] * row[d]
+        out[part] = np.sqrt(total) * scale
+        first += part_width
+
+
 @threaded(fastmath=_FAST)
 def _bag_norms(
     grad: Any,
     norms: Any,
     offsets: Any,
-    chunk_bag: Any,
+    chunk: Any,
     bag_start: Any,
     row_start: Any,
     column: Any,
     width: Any,
     mean: Any,
+    by_row: Any,
 ) -> None:
-    parts = norms.shape[1]
-    for chunk in numba.prange(chunk_bag.shape[0] - 1):
-        feature = 0
-        for bag in range(chunk_bag[chunk], chunk_bag[chunk + 1]):
-            while bag >= bag_start[feature + 1]:
-                feature += 1
-            length = offsets[bag + 1] - offsets[bag]
-            if length == 0:
-                norms[bag] = 0
-                continue
-            scale = np.float32(1.0) / np.float32(length) if mean[feature] else np.float32(1.0)
-            row = grad[bag - bag_start[feature] + row_start[feature]]
-            part_width = width[feature] // parts
-            first = column[feature]
-            for part in range(parts):
-                total = np.float32(0.0)
-                for d in range(first, first + part_width):
-                    total += row[d] * row[d]
-                norms[bag, part] = np.sqrt(total) * scale
-                first += part_width
+    for c in numba.prange(chunk.shape[0] - 1):
+        if by_row:
+            # Every feature has one bag per output row: go along the rows, as the gradient lies in memory.
+            for r in range(chunk[c], chunk[c + 1]):
+                for f in range(column.shape[0]):
+                    bag = bag_start[f] + r
+                    length = offsets[bag + 1] - offsets[bag]
+                    _norms_of_bag(grad[r], column[f], width[f], length, mean[f], norms[bag])
+            continue
+        f = 0
+        for bag in range(chunk[c], chunk[c + 1]):
+            while bag >= bag_start[f + 1]:
+                f += 1
+            row = grad[bag - bag_start[f] + row_start[f]]
+            _norms_of_bag(row, column[f], width[f], offsets[bag + 1] - offsets[bag], mean[f], norms[bag])
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
@@ -213,20 +225,22 @@ def disassemble(
 
 def bag_norms(grad: Tensor, offsets: Tensor, layout: BagLayout, parts: int) -> Tensor:
     """Numba twin of :func:`lightning_embcomp.kernels.assemble.reference.bag_norms`."""
-    bags = offsets.numel() - 1
+    bags, rows = offsets.numel() - 1, layout.shape[0]
     norms = torch.empty(bags, parts)
+    by_row = bool((layout.bag_start.diff() == rows).all()) and not bool(layout.row_start.any())
     threads = threads_for(bags, _BAGS_PER_THREAD)
-    chunk_bag = np.linspace(0, bags, threads + 1).astype(np.int64)
+    chunk = np.linspace(0, rows if by_row else bags, threads + 1).astype(np.int64)
     _bag_norms(
         threads,
         grad.detach().float().contiguous().numpy(),
         norms.numpy(),
         offsets.contiguous().numpy(),
-        chunk_bag,
+        chunk,
         layout.bag_start.numpy(),
         layout.row_start.numpy(),
         layout.column.numpy(),
         layout.width.numpy(),
         layout.mean.numpy(),
+        by_row,
     )
     return norms
