@@ -1,6 +1,7 @@
 """What the engine refuses, and what it does after a move that failed."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -56,7 +57,15 @@ def test_a_failed_move_refuses_to_go_on() -> None:
             use()
 
 
-def test_an_interrupt_waits_until_rows_have_moved() -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a process started in the background does not have."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_an_interrupt_waits_until_rows_have_moved(ctrl_c: None) -> None:
     engine = engine_of()
     with pytest.raises(KeyboardInterrupt):
         engine.move(FailingPlan(None))
