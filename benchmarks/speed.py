@@ -169,6 +169,10 @@ def step(rounds: int) -> list[dict[str, Any]]:
             optimizer.step()
 
         seconds = interleaved([lambda turn: train(turn, 0), lambda turn: train(turn, 1)], rounds)
+        pruner = callback.pruner
+        assert pruner is not None
+        every = callback.schedule.every_n_steps
+        event_seconds = interleaved([lambda turn, p=pruner: p.step(0.98)], 5)[0]  # type: ignore[misc]
         results.append(
             {
                 "model": "DLRM, 26 tables of 100 000 rows",
@@ -178,6 +182,9 @@ def step(rounds: int) -> list[dict[str, Any]]:
                 "plain_ms": seconds[0] * 1e3,
                 "pruned_ms": seconds[1] * 1e3,
                 "ratio": seconds[1] / seconds[0],
+                "event_ms": event_seconds * 1e3,
+                "ratio_with_events": (seconds[1] + event_seconds / every) / seconds[0],
+                "event_every_n_steps": every,
             }
         )
         print(json.dumps(results[-1]), flush=True)

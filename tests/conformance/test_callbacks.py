@@ -73,7 +73,7 @@ def test_without_compression_it_is_the_plain_run(case: CallbackCase, optimizer: 
     for run, callbacks in ((plain, ()), (module, (case.neutral(),))):
         runner = fit(run, *callbacks, max_epochs=2)
         assert runner.global_step == 50
-    torch.testing.assert_close(logits(module), logits(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(module), logits(plain), rtol=1e-6, atol=1e-6)
 
 
 def test_importing_changes_nothing() -> None:
