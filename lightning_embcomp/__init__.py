@@ -4,7 +4,8 @@ from lightning_embcomp.stack import check_stack
 
 check_stack()
 
-from lightning_embcomp.callback import CompressionCallback, OwnershipError, SetupError  # noqa: E402
+from lightning_embcomp.callback import CompressionCallback, SetupError  # noqa: E402
+from lightning_embcomp.composition import OwnershipError  # noqa: E402
 from lightning_embcomp.deferred import deferred_tables  # noqa: E402
 from lightning_embcomp.errors import NonFiniteLossError  # noqa: E402
 from lightning_embcomp.methods.fiited.callback import DimensionPruning  # noqa: E402

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_embcomp.composition import STAGES, Ownership, Property
 from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.layout import ChunkLayout
@@ -22,10 +23,6 @@ from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tab
 
 Cuts = Mapping[str, tuple[int, ChunkLayout]]
 """Chunks and layout by unique table name."""
-
-
-class OwnershipError(ValueError):
-    """Two callbacks claim the same property of the same table."""
 
 
 class SetupError(RuntimeError):
@@ -50,13 +47,21 @@ class OwnedTable:
 class CompressionCallback(pl.Callback):
     """Base of callbacks that store embedding tables in an engine.
 
-    Subclasses say how they cut their tables (:meth:`table_cuts`) and what happens once the engine stands
-    (:meth:`on_tables_ready`).
+    Subclasses say which property of their tables they own (:attr:`owns`) and what happens once the engine stands
+    (:meth:`on_tables_ready`); the owner of the width also says how it cuts its tables (:meth:`table_cuts`). All
+    callbacks of a trainer share one engine per embedding module and act in the order of their stages, whatever their
+    order in the trainer.
 
     Args:
         tables: Globs of table names; a table matches by its full path or by its own name, and a glob
             that starts with ``!`` excludes.
     """
+
+    owns: ClassVar[Property]
+    """What the method owns of its tables."""
+
+    changes_values: ClassVar[bool] = True
+    """Whether a model that was not trained with the callback would predict something else under it."""
 
     def __init__(self, tables: str | Sequence[str] = "*") -> None:
         self.patterns: tuple[str, ...] = (tables,) if isinstance(tables, str) else tuple(tables)
@@ -70,19 +75,23 @@ class CompressionCallback(pl.Callback):
         return f"{type(self).__name__}[{','.join(self.patterns)}]"
 
     def table_cuts(self, tables: Sequence[TableView]) -> Cuts:
-        """How the callback cuts its tables."""
-        raise NotImplementedError
+        """How the callback cuts its tables; asked of the owner of the width only."""
+        raise NotImplementedError(f"{type(self).__name__} owns the width of its tables but does not cut them")
 
     def on_tables_ready(self, fresh: bool) -> None:
         """Called once ``owned`` stands.
 
         Args:
-            fresh: Whether the tables are new and still without rows.
+            fresh: Whether the tables are new and still without rows, which only the owner of the width sees.
         """
         raise NotImplementedError
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put engines under the tables, before anything is moved, wrapped or optimised."""
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Refuse trainers that the method cannot work in.
+
+        Raises:
+            SetupError: With the reason and what to change.
+        """
         if trainer.world_size > 1:
             raise SetupError(
                 f"{self.state_key}: tables that are updated in the backward pass would drift apart on"
@@ -93,15 +102,27 @@ class CompressionCallback(pl.Callback):
                 f"{self.state_key}: the engine runs on CPU so far, not on {trainer.strategy.root_device}. Use"
                 " Trainer(accelerator='cpu')"
             )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put engines under the tables of all callbacks, before anything is moved, wrapped or optimised."""
+        callbacks = _in_stage_order(trainer)
+        for callback in callbacks:
+            callback.check_trainer(trainer)
         with _unbuilt_on_error(pl_module):
-            hosts = _build_model(pl_module, self)
-            if stage != "fit" and trainer.ckpt_path is None:
-                _refuse_plain_evaluation(hosts, stage, self)
-            _install(trainer, pl_module, hosts)
+            hosts = _build_model(pl_module, callbacks)
+            for callback in callbacks:
+                if stage != "fit" and trainer.ckpt_path is None and callback.changes_values:
+                    _refuse_plain_evaluation(hosts, stage, callback)
+            _install(pl_module, hosts, callbacks)
+        for callback in callbacks:
+            callback._take_over(pl_module)
+
+    def _take_over(self, pl_module: pl.LightningModule) -> None:
+        """Find the tables in the module, and start them if they are new."""
         owned = _owned(pl_module, self)
         if [(o.host, o.index) for o in owned] == [(o.host, o.index) for o in self.owned]:
             return
-        fresh = [o for o in owned if o.index in _sources(o.host)]
+        fresh = [o for o in owned if self.owns == "width" and o.index in _sources(o.host)]
         if fresh and len(fresh) != len(owned):
             raise SetupError(f"{self.state_key}: some of its tables were already compressed by an earlier run")
         self.owned = owned
@@ -175,12 +196,12 @@ def _check_untied(pl_module: pl.LightningModule, host: HostView) -> None:
 
 
 def _refuse_plain_evaluation(hosts: Sequence[HostView], stage: str, callback: CompressionCallback) -> None:
-    """Refuse to prune a plain model with weights only to measure it."""
+    """Refuse to compress a plain model with weights only to measure it."""
     for table in select_tables(hosts, callback.patterns, callback.state_key):
         if table.weight is not None and not table.weight.is_meta:
             raise SetupError(
-                f"{callback.state_key}: {stage} would prune table {table.name!r} of a plain model before measuring it."
-                " Give ckpt_path of a compressed run, or leave the callback out"
+                f"{callback.state_key}: {stage} would compress table {table.name!r} of a plain model before measuring"
+                " it. Give ckpt_path of a compressed run, or leave the callback out"
             )
 
 
@@ -199,54 +220,65 @@ def _check_fused_settings(trainer: pl.Trainer, who: str) -> None:
             )
 
 
-def _build_model(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[HostView]:
+def _in_stage_order(trainer: pl.Trainer) -> list[CompressionCallback]:
+    """The compression callbacks of a trainer, which it calls in this order from now on."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    mine = [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
+    ordered = sorted(mine, key=lambda callback: (STAGES[callback.owns], callback.state_key))
+    if ordered != mine:
+        following = iter(ordered)
+        # A new list: the trainer may be walking through the old one.
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            next(following) if isinstance(callback, CompressionCallback) else callback for callback in callbacks
+        ]
+    return ordered
+
+
+def _build_model(pl_module: pl.LightningModule, callbacks: Sequence[CompressionCallback]) -> list[HostView]:
     hosts = find_hosts(pl_module)
     if not hosts and is_overridden("configure_model", pl_module):
         with deferred_tables():
             pl_module.configure_model()
         hosts = find_hosts(pl_module)
-    select_tables(hosts, callback.patterns, callback.state_key)
+    for callback in callbacks:
+        select_tables(hosts, callback.patterns, callback.state_key)
     return hosts
 
 
-def _install(trainer: pl.Trainer, pl_module: pl.LightningModule, hosts: Sequence[HostView]) -> None:
+def _install(
+    pl_module: pl.LightningModule, hosts: Sequence[HostView], callbacks: Sequence[CompressionCallback]
+) -> None:
     """Replace every module that holds a table of any callback; all callbacks of the trainer agree on one engine."""
     cuts: dict[str, tuple[int, ChunkLayout]] = {}
-    owner: dict[str, CompressionCallback] = {}
-    for callback in _siblings(trainer):
+    claimed: set[str] = set()
+    ownership = Ownership()
+    for callback in callbacks:
         selected = select_tables(hosts, callback.patterns, callback.state_key)
-        for name, cut in callback.table_cuts(selected).items():
-            if name in owner:
-                raise OwnershipError(
-                    f"both {owner[name].state_key} and {callback.state_key} set the width of table {name!r}: give them"
-                    " different tables"
-                )
-            owner[name], cuts[name] = callback, cut
+        names = [table.name for table in selected]
+        ownership.claim(callback.state_key, callback.owns, names)
+        claimed.update(names)
+        if callback.owns == "width":
+            cuts.update(callback.table_cuts(selected))
     for host in hosts:
-        claimed = [table.name in owner for table in host.tables]
         if isinstance(host.module, RoutedHost):
             _check_same_cuts(host, cuts)
             continue
         unallocated = any(table.weight is not None and table.weight.is_meta for table in host.tables)
-        if not any(claimed) and not unallocated:
+        if not unallocated and not any(table.name in claimed for table in host.tables):
             continue
         _check_untied(pl_module, host)
         routed = build_host(host, cuts, pl_module.device)
         engine = routed.engine
-        engine.move(FixedPlan([0 if mine else t.full_code for mine, t in zip(claimed, engine.tables, strict=True)]))
+        cut = [table.name in cuts for table in host.tables]  # these start without rows: their owner chooses them
+        engine.move(FixedPlan([0 if mine else t.full_code for mine, t in zip(cut, engine.tables, strict=True)]))
         engine.clear_row_state()
         routed.__dict__["_sources"] = {}
-        for t, mine in enumerate(claimed):
+        for t, mine in enumerate(cut):
             if mine:
                 _sources(routed)[t] = host
             else:
                 fill(routed, t, host)
         replace(pl_module, host.path, routed)
-
-
-def _siblings(trainer: pl.Trainer) -> list[CompressionCallback]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
 
 
 def _sources(host: RoutedHost) -> dict[int, HostView]:
@@ -258,7 +290,6 @@ def _sources(host: RoutedHost) -> dict[int, HostView]:
 def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[OwnedTable]:
     hosts = find_hosts(pl_module)
     wanted = {table.name for table in select_tables(hosts, callback.patterns, callback.state_key)}
-    wanted &= set(callback.table_cuts([table for host in hosts for table in host.tables if table.name in wanted]))
     return [
         OwnedTable(host.module, t, table.name)
         for host in hosts

@@ -25,7 +25,7 @@ class TableMemory:
         weights: Stored weights.
         optimizer_state: Optimizer state that the engine holds (fused optimizers).
         router: Packed codes and slots.
-        statistics: Utilities and counters.
+        statistics: Utilities, counters, and the steps and groups of rounded rows.
         plain_weights: Weights of the plain table.
         plain_optimizer_state: State of the same optimizer over the plain table.
     """
@@ -86,7 +86,8 @@ def table_memory(engine: RoutedEmbeddings, table: int) -> TableMemory:
         weights=weights,
         optimizer_state=state,
         router=engine.router.table_bytes(table),
-        statistics=utility.table_bytes(table) if utility is not None else 0,
+        statistics=(utility.table_bytes(table) if utility is not None else 0)
+        + sum(table_state.table_bytes(table) for table_state in engine.attached.values()),
         plain_weights=plain_weight_bytes(logical, engine.options.dtype),
         plain_optimizer_state=4 * logical.rows * optimizer.state_columns(logical.dim) if optimizer else 0,
     )
@@ -98,5 +99,7 @@ def engine_bytes(engine: RoutedEmbeddings) -> int:
     tensors.append(engine.router.tensors.words)
     if engine.utility is not None:
         tensors += [engine.utility.values, engine.utility.gain]
+    for table_state in engine.attached.values():
+        tensors += [tensor for t in range(len(engine.tables)) for tensor in table_state.tensors(t).values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())

@@ -1,8 +1,8 @@
-"""How the rows of a table are rounded: groups of rows, one bit width per group, one step per width.
+r"""How the rows of a table are rounded: groups of rows, one bit width per group, one step per width.
 
-A row group of width b holds the values :math:`s_b k + o_d` with integers :math:`-2^{b-1} \\le k < 2^{b-1}`. Steps
-are numbers of float16, so that tables which keep their scale in float16 serve the very same values; rows of width 0 read
-as zero and need no storage.
+A row group of width b holds the values :math:`s_b k + o_d` with integers :math:`-2^{b-1} \le k < 2^{b-1}`. Steps are
+numbers of float16, so that tables which keep their scale in float16 serve the very same values; rows of width 0 read as
+zero and need no storage.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class TablePrecision:
             )
         for width in self.widths():
             if width > MAX_WIDTH and width != FULL_WIDTH:
-                raise ValueError(f"a group has {width} bits; widths are 0 to {MAX_WIDTH}, or {FULL_WIDTH} for unrounded")
+                raise ValueError(
+                    f"a group has {width} bits; widths are 0 to {MAX_WIDTH}, or {FULL_WIDTH} for unrounded"
+                )
             if 0 < width <= MAX_WIDTH and self.steps.get(width, 0.0) <= 0.0:
                 raise ValueError(f"groups of {width} bits have no positive step")
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcomp.engine import state
+from lightning_embcomp.engine.attached import RowValues, TableState
+from lightning_embcomp.engine.bags import pool_rows
 from lightning_embcomp.engine.interrupts import interrupts_held
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable
 from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.optimizer_state import UnmovableStateError
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan
+from lightning_embcomp.engine.precision import TablePrecision
 from lightning_embcomp.engine.relocation import relocate
 from lightning_embcomp.engine.router import Router
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
@@ -93,6 +96,8 @@ class RoutedEmbeddings(nn.Module):
                 self.register_parameter(f"class_{c}", rows.parameter)
         self.table_rows = torch.zeros(len(self.tables), len(self.classes), dtype=torch.int64)
         self.utility: RowUtility | None = None
+        self.attached: dict[str, TableState] = {}
+        self.values: RowValues | None = None
         self._layouts: dict[tuple[int, ...], BagLayout] = {}
         self.moves = 0
         self.damaged = False
@@ -127,9 +132,12 @@ class RoutedEmbeddings(nn.Module):
         features = len(self.feature_tables)
         if (offsets.numel() - 1) % features:
             raise ValueError(f"{offsets.numel() - 1} bags cannot be split over {features} features")
-        return self._lookup(
-            indices, offsets, per_sample_weights, self._pooled_layout((offsets.numel() - 1) // features)
-        )
+        layout = self._pooled_layout((offsets.numel() - 1) // features)
+        if self.values is None:
+            return self._lookup(indices, offsets, per_sample_weights, layout)
+        _check_extent(indices, offsets, per_sample_weights)
+        ids_per_feature = offsets[layout.bag_start].diff().tolist()
+        return pool_rows(self._lookup_values(indices, ids_per_feature), offsets, per_sample_weights, layout)
 
     def lookup_rows(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
         """Look single rows up, unpooled; all features must have the same dim.
@@ -141,8 +149,16 @@ class RoutedEmbeddings(nn.Module):
         Returns:
             float32 tensor of shape ``(N, D)``.
         """
+        dims = {self.tables[t].dim for t in self.feature_tables}
+        if len(dims) != 1:
+            raise ValueError(f"unpooled lookups need one dim for all tables, not {sorted(dims)}")
+        return self._lookup_values(indices, ids_per_feature)
+
+    def _lookup_values(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
+        """Single rows ``(N, largest D)`` as they are used: rounded, if rows are."""
         offsets = torch.arange(indices.numel() + 1, device=indices.device)
-        return self._lookup(indices, offsets, None, self._sequence_layout(ids_per_feature))
+        rows = self._lookup(indices, offsets, None, self._sequence_layout(ids_per_feature))
+        return rows if self.values is None else self.values.apply(rows, indices, ids_per_feature)
 
     def _lookup(self, indices: Tensor, offsets: Tensor, weights: Tensor | None, layout: BagLayout) -> Tensor:
         if torch.is_inference_mode_enabled():
@@ -208,10 +224,8 @@ class RoutedEmbeddings(nn.Module):
 
     def _sequence_layout(self, ids_per_feature: Sequence[int]) -> BagLayout:
         bags = [sum(ids_per_feature[:f]) for f in range(len(ids_per_feature) + 1)]
-        dims = {self.tables[t].dim for t in self.feature_tables}
-        if len(dims) != 1:
-            raise ValueError(f"unpooled lookups need one dim for all tables, not {sorted(dims)}")
-        return self._layout(bags, bags[:-1], [0] * len(ids_per_feature), (bags[-1], dims.pop()))
+        width = max(self.tables[t].dim for t in self.feature_tables)
+        return self._layout(bags, bags[:-1], [0] * len(ids_per_feature), (bags[-1], width))
 
     def _layout(
         self, bag_start: list[int], row_start: list[int], column: list[int], shape: tuple[int, int]
@@ -269,6 +283,29 @@ class RoutedEmbeddings(nn.Module):
     def track_utility(self, utility: RowUtility | None) -> None:
         """Let training steps move these utilities."""
         self.utility = utility
+
+    def attach(self, name: str, table_state: TableState) -> None:
+        """Save, restore and count a method's state with the tables.
+
+        Args:
+            name: Part of the keys in checkpoints; one state per name.
+            table_state: The state.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if name in self.attached:
+            raise ValueError(f"the engine holds a {name!r} already")
+        self.attached[name] = table_state
+
+    def round_values(self, values: RowValues) -> None:
+        """Let lookups go through a rounding of the rows, which is saved with the tables."""
+        self.attach("precision", values)
+        self.values = values
+
+    def precision(self, table: int) -> TablePrecision | None:
+        """How the rows of a table are rounded; None if they are not."""
+        return None if self.values is None else self.values.precision(table)
 
     def class_span(self, table: int, row_class: int) -> tuple[int, int]:
         """First slot and slot after the last of a table's rows in a class."""

@@ -6,6 +6,7 @@ Keys under the engine's prefix, for table ``T`` and code ``k``:
 * ``tables.T.codes``: the code of every row as bit planes, int64 ``(blocks of 64 rows, planes)``
 * ``tables.T.rows.k.weight`` and ``tables.T.rows.k.<optimizer state>``: rows of code ``k`` in logical order
 * ``tables.T.utility`` and ``tables.T.gain``: utilities and the mean gain of an occurrence, if tracked
+* ``tables.T.<name>.<tensor>``: what methods attached to the engine
 * ``steps``: int64 ``[fused optimizer steps, observed steps]``
 * ``rate``: float64 ``[learning rate]`` of the fused optimizer before any scaling by class, if there is one
 
@@ -55,6 +56,7 @@ def save(engine: RoutedEmbeddings, destination: dict[str, Any], prefix: str) -> 
         if engine.utility is not None:
             destination[key + "utility"] = engine.utility.of_table(t)
             destination[key + "gain"] = engine.utility.gain[t]
+        destination.update((name, tensor.detach()) for name, tensor in _attached(engine, t, prefix))
     steps = max((rows.step for rows in engine.classes if isinstance(rows, FusedRows)), default=0)
     observed = engine.utility.step if engine.utility is not None else 0
     destination[prefix + "steps"] = torch.tensor([steps, observed])
@@ -119,6 +121,10 @@ def load(
         if engine.utility is not None:
             engine.utility.of_table(t).copy_(source[key + "utility"])
             engine.utility.gain[t].copy_(source[key + "gain"])
+        for key, tensor in _attached(engine, t, prefix):
+            tensor.detach().copy_(source[key])
+    for table_state in engine.attached.values():
+        table_state.restored()
     steps = source[prefix + "steps"]
     for rows in engine.classes:
         if isinstance(rows, FusedRows):
@@ -137,6 +143,7 @@ def _keys(engine: RoutedEmbeddings, prefix: str) -> list[str]:
         keys += [key + "shape", key + "codes"]
         if engine.utility is not None:
             keys += [key + "utility", key + "gain"]
+        keys += [key for key, _ in _attached(engine, t, prefix)]
         for code in range(1, table.codes):
             storages = engine.classes[engine.class_map.class_of_code[t][code]].storages()
             keys += [f"{key}rows.{code}.{name}" for name in storages]
@@ -193,9 +200,17 @@ def _damage(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str) -> It
         if engine.utility is not None:
             sizes[key + "utility"] = tuple(engine.utility.of_table(t).shape)
             sizes[key + "gain"] = (2,)
+        sizes |= {key: tuple(tensor.shape) for key, tensor in _attached(engine, t, prefix)}
     for key, size in sizes.items():
         if tuple(source[key].shape) != size:
             yield f"{key} has shape {tuple(source[key].shape)} instead of {size}: the checkpoint is damaged"
+
+
+def _attached(engine: RoutedEmbeddings, t: int, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Keys and live tensors of what methods attached."""
+    for name, table_state in engine.attached.items():
+        for tensor_name, tensor in table_state.tensors(t).items():
+            yield f"{prefix}tables.{engine.tables[t].name}.{name}.{tensor_name}", tensor
 
 
 def _planes(engine: RoutedEmbeddings, t: int) -> Tensor:

@@ -94,7 +94,7 @@ def test_two_instances_on_one_table_name_both() -> None:
 
 
 def test_two_instances_that_measure_differently() -> None:
-    with pytest.raises(ValueError, match="t_feature_1.*a collection of their own"):
+    with pytest.raises(ValueError, match="t_feature_2.*a collection of their own"):
         fit(
             model(),
             DimensionPruning(target=0.5, tables="t_feature_2"),

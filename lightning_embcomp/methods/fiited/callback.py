@@ -50,6 +50,8 @@ class DimensionPruning(CompressionCallback):
            https://arxiv.org/abs/2401.04408
     """
 
+    owns = "width"
+
     def __init__(
         self,
         target: float | None = None,
