@@ -281,6 +281,13 @@ def _install(
         replace(pl_module, host.path, routed)
 
 
+def steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """Optimizer steps so far; batches where the module optimises by hand, since fused tables need no optimizer step."""
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1
+
+
 def _sources(host: RoutedHost) -> dict[int, HostView]:
     """Replaced modules of tables that have no rows yet, by table index."""
     sources: dict[int, HostView] = host.__dict__.setdefault("_sources", {})

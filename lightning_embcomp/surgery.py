@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,19 @@ def fill(routed: RoutedHost, table: int, host: HostView) -> None:
         warm_start(routed.engine, {table: view.weight.detach()})
     else:
         routed.engine.initialise(table, _initialiser(host, view))
+
+
+def reinitialise(routed: RoutedHost, table: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Give the live rows of a table new initial values, with zero optimizer state.
+
+    Args:
+        routed: Module that holds the table.
+        table: Index of the table.
+        optimizers: The user's optimizers.
+    """
+    configs: list[EmbeddingBagConfig] | None = getattr(routed, "_configs", None)
+    routed.engine.initialise(table, nn.init.normal_ if configs is None else _configured_initialiser(configs[table]))
+    routed.engine.clear_row_state(table, optimizers)
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -226,7 +239,12 @@ def _initialiser(host: HostView, table: TableView) -> Callable[[Tensor], Any]:
         else module.embedding_configs()  # type: ignore[operator]
     )
     config: EmbeddingBagConfig = next(config for config in configs if config.name == table.key)
-    if isinstance(module, FusedEmbeddingBagCollection | FusedEmbeddingCollection) or config.init_fn is None:
+    if isinstance(module, FusedEmbeddingBagCollection | FusedEmbeddingCollection):
         low, high = config.get_weight_init_min(), config.get_weight_init_max()
         return lambda weight: weight.uniform_(low, high)
+    return _configured_initialiser(config)
+
+
+def _configured_initialiser(config: EmbeddingBagConfig) -> Callable[[Tensor], Any]:
+    assert config.init_fn is not None  # TorchRec sets a uniform one where none is given
     return config.init_fn

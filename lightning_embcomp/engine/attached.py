@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from lightning_embcomp.engine.precision import TablePrecision
 
 
-class TableState(Protocol):
+class TableState:
     """State per table.
 
     An engine saves it under ``tables.T.<name>.<tensor>`` and restores it by copying into the same tensors.
@@ -18,28 +17,39 @@ class TableState(Protocol):
 
     def tensors(self, table: int) -> dict[str, Tensor]:
         """Live tensors of a table, views where tables share storage; empty if the table has none."""
+        raise NotImplementedError
 
     def table_bytes(self, table: int) -> int:
         """Bytes held for a table."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors(table).values())
+
+    def prepare(self, table: int, saved: Mapping[str, Tensor]) -> None:
+        """Make room for what a checkpoint holds, where sizes depend on the data; nothing to do by default."""
 
     def restored(self) -> None:
-        """Called when the tensors were read from a checkpoint."""
+        """Called when the tensors were read from a checkpoint; nothing to do by default."""
 
 
-class RowValues(TableState, Protocol):
+class RowValues(TableState):
     """What stands between the stored rows and their use: rounding."""
 
-    def apply(self, rows: Tensor, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
+    def apply(
+        self, rows: Tensor, indices: Tensor, ids_per_feature: Sequence[int], *, bags: int, training: bool
+    ) -> Tensor:
         """Values of single rows, differentiable.
 
         Args:
             rows: Stored rows, float32 ``(N, D)``, feature by feature; columns beyond a table's dim are zero.
             indices: Their logical ids ``(N,)``.
             ids_per_feature: How many of them belong to each feature.
+            bags: Bags per feature: samples of the batch.
+            training: Whether the backward pass may move state.
 
         Returns:
             float32 tensor of the same shape.
         """
+        raise NotImplementedError
 
     def precision(self, table: int) -> TablePrecision | None:
         """How the rows of a table are rounded once training ends; None if they are not."""
+        raise NotImplementedError

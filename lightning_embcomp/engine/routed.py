@@ -14,11 +14,12 @@ from lightning_embcomp.engine.attached import RowValues, TableState
 from lightning_embcomp.engine.bags import pool_rows
 from lightning_embcomp.engine.interrupts import interrupts_held
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable
-from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup
-from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
-from lightning_embcomp.engine.optimizer_state import UnmovableStateError
+from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup, ScaleRowGradients
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
+from lightning_embcomp.engine.optimizer_state import UnmovableStateError, attach, detach
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan
 from lightning_embcomp.engine.precision import TablePrecision
+from lightning_embcomp.engine.rates import RowCounting
 from lightning_embcomp.engine.relocation import relocate
 from lightning_embcomp.engine.router import Router
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
@@ -98,6 +99,7 @@ class RoutedEmbeddings(nn.Module):
         self.utility: RowUtility | None = None
         self.attached: dict[str, TableState] = {}
         self.values: RowValues | None = None
+        self.counting = RowCounting(sum(table.rows for table in self.tables[:t]) for t in range(len(self.tables)))
         self._layouts: dict[tuple[int, ...], BagLayout] = {}
         self.moves = 0
         self.damaged = False
@@ -137,7 +139,8 @@ class RoutedEmbeddings(nn.Module):
             return self._lookup(indices, offsets, per_sample_weights, layout)
         _check_extent(indices, offsets, per_sample_weights)
         ids_per_feature = offsets[layout.bag_start].diff().tolist()
-        return pool_rows(self._lookup_values(indices, ids_per_feature), offsets, per_sample_weights, layout)
+        rows = self._lookup_values(indices, ids_per_feature, bags=layout.shape[0])
+        return pool_rows(rows, offsets, per_sample_weights, layout)
 
     def lookup_rows(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
         """Look single rows up, unpooled; all features must have the same dim.
@@ -152,13 +155,15 @@ class RoutedEmbeddings(nn.Module):
         dims = {self.tables[t].dim for t in self.feature_tables}
         if len(dims) != 1:
             raise ValueError(f"unpooled lookups need one dim for all tables, not {sorted(dims)}")
-        return self._lookup_values(indices, ids_per_feature)
+        return self._lookup_values(indices, ids_per_feature, bags=max(ids_per_feature))
 
-    def _lookup_values(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
+    def _lookup_values(self, indices: Tensor, ids_per_feature: Sequence[int], bags: int) -> Tensor:
         """Single rows ``(N, largest D)`` as they are used: rounded, if rows are."""
         offsets = torch.arange(indices.numel() + 1, device=indices.device)
         rows = self._lookup(indices, offsets, None, self._sequence_layout(ids_per_feature))
-        return rows if self.values is None else self.values.apply(rows, indices, ids_per_feature)
+        if self.values is None:
+            return rows
+        return self.values.apply(rows, indices, ids_per_feature, bags=bags, training=self.training)
 
     def _lookup(self, indices: Tensor, offsets: Tensor, weights: Tensor | None, layout: BagLayout) -> Tensor:
         if torch.is_inference_mode_enabled():
@@ -172,7 +177,7 @@ class RoutedEmbeddings(nn.Module):
         self.check_intact()
         training = torch.is_grad_enabled()
         observer = self.utility if training and self.training else None
-        call = Call(self, layout, indices, offsets, weights, observer, self.moves)
+        call = Call(self, layout, indices, offsets, weights, observer, self.moves, self.training)
         # The anchor makes the backward pass run even where no id of the batch has storage: utilities need it.
         anchor = torch.zeros((), requires_grad=training)
         try:
@@ -180,6 +185,11 @@ class RoutedEmbeddings(nn.Module):
             if rules is not None:
                 found: Tensor = DirectLookup.apply(call, rules, anchor)
                 return found
+            if self.counting.rates and self.options.optimizer is not None and training:
+                raise UnsupportedOptimizerError(
+                    "rows with step sizes of their own cannot be looked up with per-sample weights that are trained:"
+                    " detach the weights, or train the tables from configure_optimizers"
+                )
             batch = route(indices, offsets, layout, self.router.tensors, len(self.classes))
         except IdOutOfRangeError as error:
             table = self.tables[self.feature_tables[error.feature]]
@@ -187,7 +197,7 @@ class RoutedEmbeddings(nn.Module):
                 f"id {error.value} at position {error.position} of the batch is outside table {table.name!r} with"
                 f" {table.rows} rows; map unknown values to an out-of-vocabulary id first"
             ) from error
-        pooled = [self._class_lookup(c, batch, weights) for c in range(len(self.classes))]
+        pooled = [self._class_lookup(c, batch, call) for c in range(len(self.classes))]
         out: Tensor = AssembleClasses.apply(call, batch, anchor, *[rows for rows in pooled if rows is not None])
         return out
 
@@ -205,13 +215,17 @@ class RoutedEmbeddings(nn.Module):
             if isinstance(rows, FusedRows):
                 rows.restore_step(rows.step + 1)
 
-    def _class_lookup(self, c: int, batch: RoutedBatch, weights: Tensor | None) -> Tensor | None:
+    def _class_lookup(self, c: int, batch: RoutedBatch, call: Call) -> Tensor | None:
         first, last = batch.id_start[c], batch.id_start[c + 1]
         if first == last:
             return None
         offsets = batch.offsets[batch.bag_start[c] + c : batch.bag_start[c + 1] + c + 1]
-        chosen = None if weights is None else weights.float()[batch.positions[first:last].long()]
-        return self.classes[c].lookup(batch.slots[first:last], offsets, chosen)
+        chosen = None if call.weights is None else call.weights.float()[batch.positions[first:last].long()]
+        rows = self.classes[c]
+        if isinstance(rows, TrainedRows) and self.counting.rates:
+            scaled = ScaleRowGradients.apply(rows.parameter, call, c)
+            return rows.lookup(batch.slots[first:last], offsets, chosen, scaled)
+        return rows.lookup(batch.slots[first:last], offsets, chosen)
 
     def _pooled_layout(self, batch_size: int) -> BagLayout:
         key = (batch_size,)
@@ -365,12 +379,23 @@ class RoutedEmbeddings(nn.Module):
                 init(rows.storages()[WEIGHT].tensor[first:last])
 
     @torch.no_grad()
-    def clear_row_state(self) -> None:
-        """Zero the fused optimizer state of all rows."""
-        for rows in self.classes:
+    def clear_row_state(
+        self, table: int | None = None, optimizers: Sequence[torch.optim.Optimizer] = ()
+    ) -> None:
+        """Zero the optimizer state of the rows of a table, or of all rows.
+
+        Args:
+            table: Table index; None for all tables.
+            optimizers: The user's optimizers, which hold state of rows that are not fused.
+        """
+        trained = [rows for rows in self.classes if isinstance(rows, TrainedRows)]
+        attach(trained, optimizers)
+        for c, rows in enumerate(self.classes):
+            first, last = (0, rows.rows) if table is None else self.class_span(table, c)
             for name, storage in rows.storages().items():
                 if name != WEIGHT:
-                    storage.tensor.zero_()
+                    storage.tensor[first:last].zero_()
+        detach(trained, optimizers)
 
     # FBGEMM's own names, so that callers written for its training tables find what they expect.
 

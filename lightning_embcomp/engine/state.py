@@ -94,6 +94,7 @@ def load(
     if source.get(prefix + _LOADED_KEY) is _LOADED:
         return False
     present = {key for key in source if key.startswith(prefix)}
+    _prepare(engine, source, prefix, present)
     expected = set(_keys(engine, prefix))
     if not present & expected:
         missing_keys.append(prefix + "tables")
@@ -211,6 +212,14 @@ def _attached(engine: RoutedEmbeddings, t: int, prefix: str) -> Iterator[tuple[s
     for name, table_state in engine.attached.items():
         for tensor_name, tensor in table_state.tensors(t).items():
             yield f"{prefix}tables.{engine.tables[t].name}.{name}.{tensor_name}", tensor
+
+
+def _prepare(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str, present: set[str]) -> None:
+    """Let what methods attached make room for what was saved."""
+    for t, table in enumerate(engine.tables):
+        for name, table_state in engine.attached.items():
+            key = f"{prefix}tables.{table.name}.{name}."
+            table_state.prepare(t, {found[len(key) :]: source[found] for found in present if found.startswith(key)})
 
 
 def _planes(engine: RoutedEmbeddings, t: int) -> Tensor:

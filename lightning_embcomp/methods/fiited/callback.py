@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError
+from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError, steps_done
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.memory import table_memory
 from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target, parse_bytes
@@ -107,7 +107,7 @@ class DimensionPruning(CompressionCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue the step count of a resumed run; a new run starts at its first step."""
-        self._last_step = _steps_done(trainer, pl_module)
+        self._last_step = steps_done(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -118,7 +118,7 @@ class DimensionPruning(CompressionCallback):
         batch_idx: int,
     ) -> None:
         """Prune after the optimizer step, when the schedule says so."""
-        step = _steps_done(trainer, pl_module)
+        step = steps_done(trainer, pl_module)
         if step == self._last_step or self.pruner is None:
             return
         due = any(self.schedule.is_event(s) for s in range(self._last_step + 1, step + 1))
@@ -161,10 +161,3 @@ class DimensionPruning(CompressionCallback):
                 f" has chunks={self.granularity.chunks}, layout={self.granularity.layout!r}. Use the saved settings"
             )
         self._events = int(state_dict["events"])
-
-
-def _steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-    """Optimizer steps so far; batches where the module optimises by hand, since fused tables need no optimizer step."""
-    if pl_module.automatic_optimization:
-        return trainer.global_step
-    return trainer.fit_loop.total_batch_idx + 1

@@ -1,0 +1,243 @@
+"""The callback of mixed precision: hooks in, phases out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_embcomp.callback import CompressionCallback, OwnedTable, SetupError, steps_done
+from lightning_embcomp.methods.mpe.config import (
+    PrecisionSearch,
+    RowQuantization,
+    check_bits,
+    check_ratio,
+)
+from lightning_embcomp.methods.mpe.functional import is_falling
+from lightning_embcomp.methods.mpe.groups import RowGroups
+from lightning_embcomp.methods.mpe.module import RowQuantizer
+from lightning_embcomp.methods.mpe.training import QuantizerTraining
+from lightning_embcomp.methods.mpe.plan import ZeroWidthPlan
+from lightning_embcomp.surgery import reinitialise
+
+
+class MixedPrecisionSearch(CompressionCallback):
+    """Search the bits that each group of rows needs, and train the tables at them.
+
+    One fit has two phases. In the *search* phase every group of rows, cut by falling frequency, measures what each
+    candidate width would do to the loss. Then widths are chosen for one byte budget, rows of width 0 are dropped from
+    memory, and the *retrain* phase trains the tables rounded to their widths, which is how exported tables will serve
+    them. After MPE [1]_; ``search.method: softmax`` is the search of the paper.
+
+    Logged: ``mpe/average_bits`` and ``mpe/searching`` at every step.
+
+    Args:
+        ratio: Size of the float32 tables over that of their rounded values to reach. Give this, ``penalty`` or
+            ``bits``.
+        penalty: Factor of the paper's penalty on bits, for ``search.method: softmax``, instead of a ratio.
+        bits: One width for all rows, without a search: quantisation-aware training.
+        tables: Globs of the tables to round; one that starts with ``!`` excludes.
+        search: How widths are searched.
+        quantization: How values are rounded.
+
+    Raises:
+        ValueError: If none or several of ratio, penalty and bits are given, or one is out of range.
+
+    Example:
+        >>> MixedPrecisionSearch(ratio=40).state_key
+        'MixedPrecisionSearch[*]'
+
+    References:
+        .. [1] Mixed-precision embeddings for large-scale recommendation models, 2024,
+           https://arxiv.org/abs/2409.20305
+    """
+
+    owns = "precision"
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        penalty: float | None = None,
+        bits: int | None = None,
+        tables: str | Sequence[str] = "*",
+        search: PrecisionSearch | None = None,
+        quantization: RowQuantization | None = None,
+    ) -> None:
+        super().__init__(tables)
+        if sum(given is not None for given in (ratio, penalty, bits)) != 1:
+            raise ValueError(
+                "MixedPrecisionSearch: give one of ratio (how much smaller), penalty (on bits, as in the paper) and"
+                " bits (one width for all rows)"
+            )
+        self.search = search or PrecisionSearch()
+        if penalty is not None and self.search.method != "softmax":
+            raise ValueError("MixedPrecisionSearch: penalty has an effect with search.method='softmax' only; give ratio")
+        if bits is not None and search is not None:
+            raise ValueError("MixedPrecisionSearch: search has no effect with bits, where every row has one width")
+        self.ratio = None if ratio is None else check_ratio(ratio)
+        self.penalty = penalty
+        self.bits = None if bits is None else check_bits(bits)
+        self.quantization = quantization or RowQuantization()
+        self.training: QuantizerTraining | None = None
+        self._saved: dict[str, Any] | None = None
+        self._data: Any = None
+        self._last_step = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "training": None, "_data": None}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Round the tables; a search needs to know how often their ids occur."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MixedPrecisionSearch):
+                callback._data = getattr(trainer, "datamodule", None) if stage == "fit" else None
+        super().setup(trainer, pl_module, stage)
+
+    def on_tables_ready(self, fresh: bool) -> None:
+        """Put quantizers between the rows and their use."""
+        by_host: dict[int, list[OwnedTable]] = {}
+        for owned in self.owned:
+            by_host.setdefault(id(owned.host), []).append(owned)
+        self.training = QuantizerTraining(
+            [self._quantizer(tables) for tables in by_host.values()],
+            self.quantization,
+            self.search,
+            ratio=self.ratio,
+            penalty=self.penalty,
+        )
+
+    def _quantizer(self, tables: Sequence[OwnedTable]) -> RowQuantizer:
+        """The quantizer of one engine; an engine that was rounded by an earlier run keeps its own."""
+        engine, indices = tables[0].host.engine, [table.index for table in tables]
+        widths = self.search.widths if self.bits is None else (self.bits,)
+        found = engine.values
+        if found is not None:
+            if not isinstance(found, RowQuantizer) or sorted(found.groups.bounds) != sorted(indices):
+                raise SetupError(
+                    f"{self.state_key}: other tables of the collection that holds {tables[0].name!r} are rounded by"
+                    " another callback already: give both the same tables, or put the tables into a collection of their"
+                    " own"
+                )
+            if found.widths.tolist() != list(widths):
+                raise SetupError(
+                    f"{self.state_key}: table {tables[0].name!r} is rounded with widths {found.widths.tolist()}, but"
+                    f" {list(widths)} are asked for: use the settings of the first run, or start from a plain module"
+                )
+            return found
+        if self.quantization.offset and any(engine.tables[t].chunks > 1 for t in indices):
+            raise SetupError(
+                f"{self.state_key}: quantization.offset would fill the columns of {tables[0].name!r} that dimension"
+                " pruning cuts: leave the offset out"
+            )
+        rows = [table.rows for table in engine.tables]
+        largest = [rows[t] for t in indices]
+        counts: dict[int, Tensor] = {}
+        if self.bits is None:
+            share = -(-sum(owned.host.engine.tables[owned.index].rows for owned in self.owned) // self.search.groups)
+            largest = [share] * len(indices)
+            counts = {table.index: c for table in tables if (c := self._row_counts(table)) is not None}
+        unordered = {t: c for t, c in counts.items() if not is_falling(c)}
+        quantizer = RowQuantizer(
+            engine,
+            RowGroups(rows, indices, largest, unordered),
+            widths,
+            offset=self.quantization.offset,
+            temperature=self.search.temperature if self.search.method == "softmax" else None,
+        )
+        for t, of_rows in counts.items():
+            quantizer.counts[quantizer.groups.of_table(t)] = quantizer.groups.sum_rows(t, of_rows.double())
+        if self.bits is not None:
+            quantizer.fix(torch.full_like(quantizer.bits, self.bits))
+        engine.round_values(quantizer)
+        return quantizer
+
+    def _row_counts(self, table: OwnedTable) -> Tensor | None:
+        """Occurrences of the rows of a table in the training data, or None if ids are taken as ranks."""
+        if self.search.frequency == "rank" or self._data is None:
+            return None
+        configs = getattr(table.host, "_configs", None)
+        features = configs[table.index].feature_names if configs else []
+        if not hasattr(self._data, "id_counts") or not features:
+            raise SetupError(
+                f"{self.state_key}: how often the ids of table {table.name!r} occur is not known: the data module needs"
+                " a method id_counts(feature) -> tensor of counts per id. If ids are numbered by falling frequency, set"
+                " search.frequency='rank'"
+            )
+        counts = sum(self._data.id_counts(feature) for feature in features)
+        rows = table.host.engine.tables[table.index].rows
+        if not isinstance(counts, Tensor) or counts.shape != (rows,):
+            raise SetupError(
+                f"{self.state_key}: id_counts of {features} gives {getattr(counts, 'shape', type(counts))} instead of one"
+                f" count for each of the {rows} rows of table {table.name!r}"
+            )
+        return counts
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue a saved run, and say so if there is no time to retrain."""
+        assert self.training is not None
+        self._last_step = steps_done(trainer, pl_module)
+        if self._saved is not None:
+            self.training.load_state_dict(self._saved)
+            self._saved = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ANN401 - whatever training_step returns
+        batch: Any,  # noqa: ANN401 - whatever the loader yields
+        batch_idx: int,
+    ) -> None:
+        """Train the settings after an optimizer step; end the search when its steps are over."""
+        step = steps_done(trainer, pl_module)
+        if self.training is None or step == self._last_step:
+            return
+        self._last_step = step
+        self.training.step()
+        searching = self.training.searching
+        if searching and self.search.steps is not None and step >= self.search.steps:
+            self._end_search(trainer)
+        pl_module.log_dict(
+            {f"{self._group}/average_bits": self.training.average_bits(), f"{self._group}/searching": float(searching)}
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the search when its epochs are over."""
+        if self.training is None or not self.training.searching or self.search.steps is not None:
+            return
+        if trainer.current_epoch + 1 >= self.search.epochs:
+            self._end_search(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the widths of a run that ends with its search; there is no retrain phase."""
+        if self.training is not None and self.training.searching:
+            self.training.settle(self.training.choose())
+            self._drop_rows(trainer)
+
+    def _end_search(self, trainer: pl.Trainer) -> None:
+        assert self.training is not None
+        self.training.settle(self.training.choose())
+        self._drop_rows(trainer)
+        if self.search.reset:
+            for owned in self.owned:
+                reinitialise(owned.host, owned.index, trainer.optimizers)
+
+    def _drop_rows(self, trainer: pl.Trainer) -> None:
+        """Free the rows that need no bits."""
+        for engine in {id(owned.host): owned.host.engine for owned in self.owned}.values():
+            engine.move(ZeroWidthPlan(engine), trainer.optimizers)
+
+    @property
+    def _group(self) -> str:
+        return "mpe" if self.patterns == ("*",) else f"mpe[{','.join(self.patterns)}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer of steps and logits; the settings themselves are saved with the tables."""
+        return {} if self.training is None else self.training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the saved state until the tables are restored."""
+        self._saved = state_dict or None
