@@ -232,11 +232,11 @@ def test_a_glob_without_a_table(one_case: CallbackCase) -> None:
         fit(model(), one_case.active(tables=["t_feature_1", "nowhere"]))
 
 
-def test_a_dim_that_cannot_be_cut(one_case: CallbackCase) -> None:
+def test_a_dim_that_cannot_be_cut() -> None:
     with pytest.raises(
         ValueError, match=r"t_feature_0' of dim 20 cannot be cut into 4 chunks.*multiple of 4; use one of"
     ):
-        fit(model(embedding_dim=20), one_case.active())
+        fit(model(embedding_dim=20), CASES["fiited"].active())
 
 
 def test_tables_that_are_not_selected_stay_whole(one_case: CallbackCase) -> None:
@@ -278,7 +278,8 @@ def test_a_bad_loss_leaves_the_tables_as_they_were(one_case: CallbackCase, loss:
     bad.load_state_dict(good.state_dict())
     torch.manual_seed(0)
     trainer(one_case.active()).fit(good, batches(1.0, 2.0))
-    with pytest.raises(NonFiniteLossError, match=f"the loss is {loss} at step 2; the tables are unchanged"):
+    torch.manual_seed(0)
+    with pytest.raises(NonFiniteLossError, match=f"the loss is -?{loss} at step 2; the tables are unchanged"):
         trainer(one_case.active()).fit(bad, batches(1.0, 2.0, loss))
     assert_equal_states(state_of(good), state_of(bad))
 

@@ -19,8 +19,8 @@ from lightning_embcomp.methods.mpe.config import (
 from lightning_embcomp.methods.mpe.functional import is_falling
 from lightning_embcomp.methods.mpe.groups import RowGroups
 from lightning_embcomp.methods.mpe.module import RowQuantizer
-from lightning_embcomp.methods.mpe.training import QuantizerTraining
 from lightning_embcomp.methods.mpe.plan import ZeroWidthPlan
+from lightning_embcomp.methods.mpe.training import QuantizerTraining
 from lightning_embcomp.surgery import reinitialise
 
 
@@ -74,7 +74,9 @@ class MixedPrecisionSearch(CompressionCallback):
             )
         self.search = search or PrecisionSearch()
         if penalty is not None and self.search.method != "softmax":
-            raise ValueError("MixedPrecisionSearch: penalty has an effect with search.method='softmax' only; give ratio")
+            raise ValueError(
+                "MixedPrecisionSearch: penalty has an effect with search.method='softmax' only; give ratio"
+            )
         if bits is not None and search is not None:
             raise ValueError("MixedPrecisionSearch: search has no effect with bits, where every row has one width")
         self.ratio = None if ratio is None else check_ratio(ratio)
@@ -170,8 +172,8 @@ class MixedPrecisionSearch(CompressionCallback):
         rows = table.host.engine.tables[table.index].rows
         if not isinstance(counts, Tensor) or counts.shape != (rows,):
             raise SetupError(
-                f"{self.state_key}: id_counts of {features} gives {getattr(counts, 'shape', type(counts))} instead of one"
-                f" count for each of the {rows} rows of table {table.name!r}"
+                f"{self.state_key}: id_counts of {features} gives {getattr(counts, 'shape', type(counts))} instead of"
+                f" one count for each of the {rows} rows of table {table.name!r}"
             )
         return counts
 

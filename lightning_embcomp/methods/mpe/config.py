@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_embcomp.engine.precision import FULL_WIDTH, MAX_WIDTH
+
 SearchMethod = Literal["sensitivity", "softmax"]
 FrequencySource = Literal["data", "rank"]
 
@@ -19,7 +21,7 @@ class PrecisionSearch:
         steps: Optimizer steps of the search phase, instead of epochs.
         method: ``sensitivity`` trains at the largest width, adds up how much every other width would change the loss,
             and solves for the byte budget; ``softmax`` trains a mixture of all widths and its logits, as in the paper.
-        widths: Candidate bits per value, from 0 (the row is dropped) to 8.
+        widths: Candidate bits per value, from 0 (the row is dropped) to 8; 32 leaves values as they are.
         groups: Row groups of equal size that all rows are cut into, by falling frequency; the most frequent rows of a
             table are in smaller ones.
         frequency: Where the frequency of ids comes from: ``data`` asks the data module (``id_counts``), ``rank`` takes
@@ -81,23 +83,26 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     """Return the candidate widths, rising.
 
     Raises:
-        ValueError: If there are none, or one is not a whole number of bits from 0 to 8.
+        ValueError: If there are none above 0, or one is neither a whole number of bits from 0 to 8 nor 32.
     """
     chosen = tuple(sorted(set(widths)))
-    wrong = [width for width in chosen if width not in range(9)]
+    wrong = [width for width in chosen if width not in (*range(MAX_WIDTH + 1), FULL_WIDTH)]
     if wrong or not chosen or chosen[-1] == 0:
-        raise ValueError(f"widths are bits per value from 0 to 8, at least one above 0, not {tuple(widths)}")
+        raise ValueError(
+            f"widths are bits per value from 0 to {MAX_WIDTH}, or {FULL_WIDTH} for unrounded values, at least one above"
+            f" 0; not {tuple(widths)}"
+        )
     return chosen
 
 
 def check_bits(bits: int) -> int:
-    """Return a fixed width if it is 1 to 8.
+    """Return a fixed width if it is 1 to 8, or 32.
 
     Raises:
         ValueError: Otherwise.
     """
-    if bits not in range(1, 9):
-        raise ValueError(f"bits is the width of every value, from 1 to 8, not {bits}")
+    if bits not in (*range(1, MAX_WIDTH + 1), FULL_WIDTH):
+        raise ValueError(f"bits is the width of every value, from 1 to {MAX_WIDTH}, or {FULL_WIDTH}, not {bits}")
     return bits
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.attached import RowValues
-from lightning_embcomp.engine.precision import TablePrecision
+from lightning_embcomp.engine.precision import MAX_WIDTH, TablePrecision
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.engine.router import SLAB
 from lightning_embcomp.kernels.quantize import Rounding, RoundingGradients, round_rows, round_rows_backward
@@ -18,7 +18,7 @@ from lightning_embcomp.methods.mpe.groups import RowGroups
 
 SEARCHING = 255
 """Bits of groups whose width is not chosen yet."""
-_ALL_WIDTHS = 9  # steps are kept for widths 0 to 8, so that a table can be read without the settings
+_ALL_WIDTHS = MAX_WIDTH + 1  # steps are kept by width, so that a table can be read without the settings
 _MAGNITUDE_MEMORY = 0.99
 
 
@@ -118,7 +118,7 @@ class RowQuantizer(RowValues):
             table=self.groups.table,
             widths=self.widths,
             shares=self.shares,
-            steps=self.steps[:, self.widths],
+            steps=self.steps[:, self.widths.clamp(max=MAX_WIDTH)],
             offset=self.offset,
         )
         training = training and torch.is_grad_enabled()

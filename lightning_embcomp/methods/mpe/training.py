@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.precision import MAX_WIDTH
 from lightning_embcomp.kernels.quantize import RoundingGradients
 from lightning_embcomp.methods.mpe.config import PrecisionSearch, RowQuantization
 from lightning_embcomp.methods.mpe.functional import (
@@ -81,7 +82,8 @@ class QuantizerTraining:
 
     def _set_gradients(self, quantizer: RowQuantizer, sums: RoundingGradients) -> None:
         by_step = torch.zeros_like(quantizer.log_steps)
-        by_step[:, quantizer.widths] = sums.steps
+        rounded = quantizer.widths <= MAX_WIDTH
+        by_step[:, quantizer.widths[rounded]] = sums.steps[:, rounded]
         quantizer.log_steps.grad = by_step * quantizer.log_steps.exp()
         if quantizer.trains_offset:
             quantizer.offset.grad = sums.offset
