@@ -3,8 +3,8 @@
 A new callback joins by one entry in :data:`CASES`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_embcomp import CompressionCallback, DimensionPruning, Granularity, PruningSchedule
+from lightning_embcomp import (
+    CompressionCallback,
+    CounterSettings,
+    DimensionPruning,
+    FrequencyAwareLR,
+    Granularity,
+    MixedPrecisionSearch,
+    PrecisionSearch,
+    PruningSchedule,
+)
 from lightning_embcomp.data import SyntheticClickLog, SyntheticClickLogDataModule
 from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.memory import engine_bytes
@@ -31,13 +40,23 @@ class CallbackCase:
         active: Makes the callback with an effect; ``tables`` restricts it.
         neutral: Makes it with settings under which training must be that of the plain model.
         fragment: Its configuration fragment.
-        ratio: Bytes that it holds at most, over those of the plain tables with optimizer state.
+        ratio: Bytes that it holds at most, over those of the plain tables with row-wise optimizer state.
+        settings: Model settings that it needs.
+        optimizers: Embedding optimizers that it refuses, and what its tests use in their place.
     """
 
     active: Callable[..., CompressionCallback]
     neutral: Callable[[], CompressionCallback]
     fragment: str
     ratio: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    optimizers: Mapping[str, str] = field(default_factory=dict)
+
+    def model(self, built: bool = False, **settings: Any) -> ClickModel:
+        """The small click model, with what the callback needs."""
+        optimizer = settings.pop("embedding_optimizer", "rowwise_adagrad")
+        optimizer = self.optimizers.get(optimizer, optimizer)
+        return model(built, embedding_optimizer=optimizer, **self.settings, **settings)
 
 
 CASES = {
@@ -54,6 +73,25 @@ CASES = {
         neutral=lambda: DimensionPruning(target=0.0, schedule=OFTEN, granularity=Granularity(layout="chunks")),
         fragment="callbacks/fiited.yaml",
         ratio=0.5,
+    ),
+    "mpe": CallbackCase(
+        active=lambda **kwargs: MixedPrecisionSearch(
+            ratio=60, search=PrecisionSearch(steps=2, groups=16, frequency="rank"), **kwargs
+        ),
+        neutral=lambda: MixedPrecisionSearch(bits=32),
+        fragment="callbacks/mpe.yaml",
+        ratio=0.6,  # master weights stay in float32 while they train; rows of width 0 go
+    ),
+    "frequency_lr": CallbackCase(
+        active=lambda **kwargs: FrequencyAwareLR(counter=CounterSettings(half_life=20.0), **kwargs),
+        # Multipliers of at least 1, and no rate above that of the tables.
+        neutral=lambda: FrequencyAwareLR(
+            form="horizon", horizon=1, max_rate=1.0, counter=CounterSettings(encoding="exact")
+        ),
+        fragment="callbacks/frequency_lr.yaml",
+        ratio=0.97,  # a byte per row and a quarter for the router in place of four
+        settings={"dense_optimizer": "sgd", "embedding_lr": 1.0, "dense_lr": 0.05},
+        optimizers={"rowwise_adagrad": "sgd"},
     ),
 }
 

@@ -58,7 +58,7 @@ def plain_bytes() -> int:
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("architecture", ["dlrm", "dcn", "deepfm"])
 def test_tables_are_smaller(case: CallbackCase, architecture: str, built: bool) -> None:
-    module = model(built, architecture=architecture)
+    module = case.model(built, architecture=architecture)
     fit(module, case.active())
     assert len(hosts(module)) == 1
     assert 0 < held_bytes(module) <= case.ratio * plain_bytes()
@@ -68,7 +68,7 @@ def test_tables_are_smaller(case: CallbackCase, architecture: str, built: bool) 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd", "none"])
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 def test_without_compression_it_is_the_plain_run(case: CallbackCase, optimizer: str, pooling: str) -> None:
-    plain, module = (model(True, embedding_optimizer=optimizer, pooling=pooling) for _ in range(2))
+    plain, module = (case.model(True, embedding_optimizer=optimizer, pooling=pooling) for _ in range(2))
     assert_equal_states(state_of(plain), state_of(module))
     for run, callbacks in ((plain, ()), (module, (case.neutral(),))):
         runner = fit(run, *callbacks, max_epochs=2)
@@ -103,7 +103,7 @@ def test_two_plain_runs_are_bit_identical() -> None:
 
 
 def test_two_compressed_runs_are_bit_identical(case: CallbackCase) -> None:
-    runs = [model(), model()]
+    runs = [case.model(), case.model()]
     for module in runs:
         fit(module, case.active())
     assert_equal_states(state_of(runs[0]), state_of(runs[1]))
@@ -111,7 +111,7 @@ def test_two_compressed_runs_are_bit_identical(case: CallbackCase) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_run_is_bit_identical(case: CallbackCase, optimizer: str, tmp_path: Path) -> None:
-    through, first, second = (model(embedding_optimizer=optimizer) for _ in range(3))
+    through, first, second = (case.model(embedding_optimizer=optimizer) for _ in range(3))
     fit(through, case.active(), max_epochs=4)
     runner = fit(first, case.active(), max_epochs=2)
     runner.save_checkpoint(tmp_path / "half.ckpt")
@@ -124,7 +124,7 @@ def test_resumed_run_is_bit_identical(case: CallbackCase, optimizer: str, tmp_pa
 
 
 def test_resume_within_an_epoch_keeps_the_schedule(one_case: CallbackCase, tmp_path: Path) -> None:
-    through, second = model(), model()
+    through, second = one_case.model(), one_case.model()
     callback = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=13, save_top_k=-1, filename="{step}")
     fit(through, one_case.active(), callback, enable_checkpointing=True)
     again = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "again", every_n_train_steps=13)
@@ -139,7 +139,7 @@ def test_resume_within_an_epoch_keeps_the_schedule(one_case: CallbackCase, tmp_p
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_evaluation_moves_nothing(case: CallbackCase, optimizer: str) -> None:
-    module = model(embedding_optimizer=optimizer)
+    module = case.model(embedding_optimizer=optimizer)
     runner = fit(module, case.active())
     before = state_of(module)
     runner.validate(module, datamodule=data(), verbose=False)
@@ -153,14 +153,14 @@ def test_evaluation_moves_nothing(case: CallbackCase, optimizer: str) -> None:
 
 
 def test_validation_in_between_does_not_change_training(one_case: CallbackCase) -> None:
-    runs = [model(), model()]
+    runs = [one_case.model(), one_case.model()]
     fit(runs[0], one_case.active(), limit_val_batches=0)
     fit(runs[1], one_case.active(), val_check_interval=5)
     assert_equal_states(*({k: v for k, v in state_of(m).items() if "metrics" not in k} for m in runs))
 
 
 def test_second_fit_goes_on(one_case: CallbackCase) -> None:
-    module, callback = model(), one_case.active()
+    module, callback = one_case.model(), one_case.active()
     runner = fit(module, callback, max_epochs=1)
     engines = [host.engine for host in hosts(module)]
     runner.fit_loop.max_epochs = 2
@@ -172,7 +172,7 @@ def test_second_fit_goes_on(one_case: CallbackCase) -> None:
 
 
 def test_one_callback_on_two_modules(one_case: CallbackCase) -> None:
-    callback, first, second, alone = one_case.active(), model(), model(), model()
+    callback, first, second, alone = one_case.active(), one_case.model(), one_case.model(), one_case.model()
     fit(first, callback)
     kept = state_of(first)
     fit(second, callback)
@@ -182,7 +182,7 @@ def test_one_callback_on_two_modules(one_case: CallbackCase) -> None:
 
 
 def test_fast_dev_run(one_case: CallbackCase) -> None:
-    module = model()
+    module = one_case.model()
     fit(module, one_case.active(), fast_dev_run=True)
     assert held_bytes(module) <= one_case.ratio * plain_bytes()
 
@@ -190,7 +190,7 @@ def test_fast_dev_run(one_case: CallbackCase) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_copies_of_the_module(one_case: CallbackCase, optimizer: str, how: str) -> None:
-    module = model(embedding_optimizer=optimizer)
+    module = one_case.model(embedding_optimizer=optimizer)
     fit(module, one_case.active())
     module.trainer = None
     if how == "deepcopy":
@@ -212,14 +212,14 @@ def test_copies_of_the_module(one_case: CallbackCase, optimizer: str, how: str) 
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_copies_of_the_callback_do_not_hold_tables(one_case: CallbackCase, fitted: bool) -> None:
-    callback, module = one_case.active(), model()
+    callback, module = one_case.active(), one_case.model()
     if fitted:
         fit(module, callback)
     data_of = pickle.dumps(callback)
     assert len(data_of) < 20_000
     for copied in (pickle.loads(data_of), copy.deepcopy(callback)):
         assert copied.state_key == callback.state_key
-        other = model()
+        other = one_case.model()
         fit(other, copied)
         if fitted:
             assert_equal_states(state_of(module), state_of(other))
@@ -229,7 +229,7 @@ def test_a_glob_without_a_table(one_case: CallbackCase) -> None:
     with pytest.raises(
         UnknownTableError, match=r"no embedding table matches 'nowhere'. Tables of the model: .*t_feature_0"
     ):
-        fit(model(), one_case.active(tables=["t_feature_1", "nowhere"]))
+        fit(one_case.model(), one_case.active(tables=["t_feature_1", "nowhere"]))
 
 
 def test_a_dim_that_cannot_be_cut() -> None:
@@ -240,7 +240,7 @@ def test_a_dim_that_cannot_be_cut() -> None:
 
 
 def test_tables_that_are_not_selected_stay_whole(one_case: CallbackCase) -> None:
-    plain, module = model(True), model(True)
+    plain, module = one_case.model(True), one_case.model(True)
     fit(module, one_case.active(tables="t_feature_2"), max_steps=0)
     engine = hosts(module)[0].engine
     weights = dict(plain.named_modules())["model.sparse_arch.embedding_bag_collection"].state_dict()
@@ -264,7 +264,7 @@ class BadLoss(pl.LightningModule):
         return self.table(batch[0]).sum() * batch[1]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def batches(*losses: float, last_id: int = 99) -> DataLoader[Any]:
@@ -314,7 +314,7 @@ def test_tables_that_come_too_late_are_named(one_case: CallbackCase) -> None:
 
 
 def test_after_an_error_in_setup_the_module_can_be_used(one_case: CallbackCase) -> None:
-    module = model()
+    module = one_case.model()
     for _ in range(2):
         with pytest.raises(UnknownTableError):
             fit(module, one_case.active(tables="nowhere"))
@@ -334,10 +334,10 @@ def test_tied_weights_are_refused(one_case: CallbackCase) -> None:
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
 def test_a_truncated_checkpoint_does_not_train(one_case: CallbackCase, share: float, tmp_path: Path) -> None:
     """Lightning reads the file and lets PyTorch's error through, before any callback sees it."""
-    fit(model(), one_case.active(), max_steps=1).save_checkpoint(tmp_path / "whole.ckpt")
+    fit(one_case.model(), one_case.active(), max_steps=1).save_checkpoint(tmp_path / "whole.ckpt")
     whole = (tmp_path / "whole.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: int(len(whole) * share)])
-    runner, module = trainer(one_case.active()), model()
+    runner, module = trainer(one_case.active()), one_case.model()
     with pytest.raises((RuntimeError, OSError)):
         runner.fit(module, datamodule=data(), ckpt_path=tmp_path / "cut.ckpt")
     assert runner.global_step == 0

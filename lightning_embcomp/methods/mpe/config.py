@@ -19,8 +19,9 @@ class PrecisionSearch:
     Args:
         epochs: Epochs of the search phase; give this or ``steps``.
         steps: Optimizer steps of the search phase, instead of epochs.
-        method: ``sensitivity`` trains at the largest width, adds up how much every other width would change the loss,
-            and solves for the byte budget; ``softmax`` trains a mixture of all widths and its logits, as in the paper.
+        method: ``sensitivity`` trains at the largest width, adds up by how much rounding to every other width would
+            move the loss of each sample, squared, and solves for the byte budget; ``softmax`` trains a mixture of all
+            widths and its logits, as in the paper.
         widths: Candidate bits per value, from 0 (the row is dropped) to 8; 32 leaves values as they are.
         groups: Row groups of equal size that all rows are cut into, by falling frequency; the most frequent rows of a
             table are in smaller ones.
@@ -69,7 +70,7 @@ class RowQuantization:
         offset_learning_rate: Adam's rate for the offsets.
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-2
     offset: bool = False
     offset_learning_rate: float = 1e-3
 

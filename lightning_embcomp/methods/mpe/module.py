@@ -55,7 +55,6 @@ class RowQuantizer(RowValues):
         self.log_steps = torch.zeros(n_tables, _ALL_WIDTHS)
         self.offset = torch.zeros(n_tables, max(self.dims))
         self.logits = torch.zeros(n_groups, len(widths))
-        self.gain = torch.zeros(n_groups, len(widths), dtype=torch.float64)
         self.error = torch.zeros(n_groups, len(widths), dtype=torch.float64)
         self.counts = torch.ones(n_groups, dtype=torch.float64)
         self.sums: RoundingGradients | None = None
@@ -106,7 +105,7 @@ class RowQuantizer(RowValues):
         """Make room for what only a search needs, or let it go."""
         size = (self.bits.numel() if hold else 0, self.widths.numel())
         self.logits = torch.zeros(size)
-        self.gain, self.error = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
+        self.error = torch.zeros(size, dtype=torch.float64)
         self.counts = torch.ones(size[0], dtype=torch.float64)
 
     def apply(
@@ -142,7 +141,6 @@ class RowQuantizer(RowValues):
             bags: Samples of the batch, over which the loss was averaged.
         """
         if self.measures:
-            self.gain += sums.shares
             self.error += sums.errors.double() * bags
         if self.sums is None:
             self.sums = sums
@@ -184,8 +182,8 @@ class RowQuantizer(RowValues):
         per_row = self.groups.per_row(table)
         if per_row is not None:
             found["group"] = per_row
-        if self.gain.numel():
-            found |= {name: getattr(self, name)[mine] for name in ("logits", "gain", "error", "counts")}
+        if self.error.numel():
+            found |= {name: getattr(self, name)[mine] for name in ("logits", "error", "counts")}
         return found
 
     def table_bytes(self, table: int) -> int:
@@ -201,8 +199,8 @@ class RowQuantizer(RowValues):
         if table not in self.groups.bounds or "bounds" not in saved:
             return
         self.groups.set_per_row(table, "group" in saved)
-        if ("gain" in saved) != bool(self.gain.numel()):
-            self._hold_search("gain" in saved)
+        if ("error" in saved) != bool(self.error.numel()):
+            self._hold_search("error" in saved)
 
     def restored(self) -> None:
         """See :meth:`lightning_embcomp.engine.attached.TableState.restored`."""

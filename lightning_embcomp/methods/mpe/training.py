@@ -130,7 +130,7 @@ class QuantizerTraining:
     def _cost(self, quantizer: RowQuantizer) -> Tensor:
         if self.search.method == "softmax":
             return -quantizer.logits.double()
-        return quantizer.gain + quantizer.error / 2
+        return quantizer.error
 
     def settle(self, bits: Sequence[Tensor]) -> None:
         """Give every group its width, with steps that suit the rows."""
