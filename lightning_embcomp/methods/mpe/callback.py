@@ -75,7 +75,7 @@ class MixedPrecisionSearch(CompressionCallback):
         self.search = search or PrecisionSearch()
         if penalty is not None and self.search.method != "softmax":
             raise ValueError(
-                "MixedPrecisionSearch: penalty has an effect with search.method='softmax' only; give ratio"
+                "MixedPrecisionSearch: penalty works with search.method='softmax' only; give ratio"
             )
         if bits is not None and search is not None:
             raise ValueError("MixedPrecisionSearch: search has no effect with bits, where every row has one width")
@@ -206,11 +206,11 @@ class MixedPrecisionSearch(CompressionCallback):
             {f"{self._group}/average_bits": self.training.average_bits(), f"{self._group}/searching": float(searching)}
         )
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the search when its epochs are over."""
         if self.training is None or not self.training.searching or self.search.steps is not None:
             return
-        if trainer.current_epoch + 1 >= self.search.epochs:
+        if trainer.current_epoch >= self.search.epochs:
             self._end_search(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
