@@ -9,13 +9,17 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "triton"]
 
 _forced: ContextVar[Backend | None] = ContextVar("embcomp_kernel_backend", default=None)
 
 
-def backend_for(device: torch.device) -> Backend:
+def backend_for(device: torch.device, *, has_triton: bool = False) -> Backend:
     """Return the backend that runs for tensors on ``device``.
+
+    Args:
+        device: Where the tensors are.
+        has_triton: Whether the operation has a Triton kernel.
 
     Example:
         >>> backend_for(torch.device("cpu"))
@@ -24,7 +28,9 @@ def backend_for(device: torch.device) -> Backend:
     forced = _forced.get()
     if forced is not None:
         return forced
-    return "cpu" if device.type == "cpu" else "reference"
+    if device.type == "cpu":
+        return "cpu"
+    return "triton" if has_triton and device.type == "cuda" else "reference"
 
 
 @contextmanager

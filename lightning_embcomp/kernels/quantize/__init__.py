@@ -6,6 +6,8 @@ with a step s and an offset o; :math:`Q_0 = 0`. A row of group g becomes :math:`
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from lightning_embcomp.kernels.dispatch import backend_for
@@ -35,8 +37,8 @@ def round_rows(rows: Tensor, rounding: Rounding) -> Tensor:
         tensor([[-1.0000,  0.5000],
                 [ 3.0000,  4.0000]])
     """
-    kernel = cpu.round_rows if backend_for(rows.device) == "cpu" else reference.round_rows
-    return kernel(rows, rounding)
+    rounded: Tensor = _backend(rows).round_rows(rows, rounding)
+    return rounded
 
 
 def round_rows_backward(
@@ -54,5 +56,15 @@ def round_rows_backward(
     Returns:
         Gradient of the rows ``(N, W)``, and the sums for the settings.
     """
-    kernel = cpu.round_rows_backward if backend_for(rows.device) == "cpu" else reference.round_rows_backward
-    return kernel(grad, rows, rounding, all_candidates)
+    result: tuple[Tensor, RoundingGradients]
+    result = _backend(rows).round_rows_backward(grad, rows, rounding, all_candidates)
+    return result
+
+
+def _backend(rows: Tensor) -> ModuleType:
+    backend = backend_for(rows.device, has_triton=True)
+    if backend == "triton":
+        from lightning_embcomp.kernels.quantize import triton  # not installed where there is no CUDA
+
+        return triton
+    return cpu if backend == "cpu" else reference
