@@ -23,6 +23,14 @@ class TableState:
         """Bytes held for a table."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors(table).values())
 
+    def held(self, tables: int) -> list[Tensor]:
+        """All tensors, saved or not.
+
+        Args:
+            tables: Tables of the engine.
+        """
+        return [tensor for t in range(tables) for tensor in self.tensors(t).values()]
+
     def prepare(self, table: int, saved: Mapping[str, Tensor]) -> None:
         """Make room for what a checkpoint holds, where sizes depend on the data; nothing to do by default."""
 

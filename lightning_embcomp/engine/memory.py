@@ -89,7 +89,7 @@ def table_memory(engine: RoutedEmbeddings, table: int) -> TableMemory:
         statistics=(utility.table_bytes(table) if utility is not None else 0)
         + sum(table_state.table_bytes(table) for table_state in engine.attached.values()),
         plain_weights=plain_weight_bytes(logical, engine.options.dtype),
-        plain_optimizer_state=4 * logical.rows * optimizer.state_columns(logical.dim) if optimizer else 0,
+        plain_optimizer_state=4 * logical.rows * optimizer.plain_state_columns(logical.dim) if optimizer else 0,
     )
 
 
@@ -100,6 +100,6 @@ def engine_bytes(engine: RoutedEmbeddings) -> int:
     if engine.utility is not None:
         tensors += [engine.utility.values, engine.utility.gain]
     for table_state in engine.attached.values():
-        tensors += [tensor for t in range(len(engine.tables)) for tensor in table_state.tensors(t).values()]
+        tensors += table_state.held(len(engine.tables))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())

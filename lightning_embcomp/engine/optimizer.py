@@ -11,12 +11,13 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.optim import RowWiseAdagrad
 
-FusedKind = Literal["sgd", "rowwise_adagrad", "adagrad"]
+FusedKind = Literal["sgd", "rowwise_adagrad", "adagrad", "counter_sgd"]
 
 _FBGEMM = {
     "sgd": EmbOptimType.EXACT_SGD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "counter_sgd": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 _TORCH: dict[type[torch.optim.Optimizer], FusedKind] = {
     torch.optim.SGD: "sgd",
@@ -34,7 +35,8 @@ class FusedOptimizerSpec:
     """An optimizer that updates rows inside the backward pass.
 
     Args:
-        kind: ``sgd`` (no state), ``rowwise_adagrad`` (one float32 per row) or ``adagrad`` (one float32 per weight).
+        kind: ``sgd`` (no state), ``rowwise_adagrad`` (one float32 per row), ``adagrad`` (one float32 per weight)
+            or ``counter_sgd`` (three float32 per row; see :mod:`lightning_embcomp.engine.counter_sgd`).
         options: FBGEMM's own names: ``learning_rate``, ``eps``, ``weight_decay``, …
     """
 
@@ -96,4 +98,8 @@ class FusedOptimizerSpec:
 
     def state_columns(self, width: int) -> int:
         """Optimizer state per row of that width, in float32 numbers."""
-        return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": width}[self.kind]
+        return {"sgd": 0, "rowwise_adagrad": 1, "adagrad": width, "counter_sgd": 3}[self.kind]
+
+    def plain_state_columns(self, width: int) -> int:
+        """The same for the plain table, whose optimizer a method may have put another one in place of."""
+        return 0 if self.kind == "counter_sgd" else self.state_columns(width)

@@ -379,9 +379,7 @@ class RoutedEmbeddings(nn.Module):
                 init(rows.storages()[WEIGHT].tensor[first:last])
 
     @torch.no_grad()
-    def clear_row_state(
-        self, table: int | None = None, optimizers: Sequence[torch.optim.Optimizer] = ()
-    ) -> None:
+    def clear_row_state(self, table: int | None = None, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         """Zero the optimizer state of the rows of a table, or of all rows.
 
         Args:

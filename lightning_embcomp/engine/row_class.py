@@ -23,6 +23,7 @@ from lightning_embcomp.kernels.update import UpdateRule
 
 WEIGHT = "weight"
 FBGEMM_EPS = 1e-8  # FBGEMM's default
+_COUNTER_STATE = ("prev_iter", "row_counter")  # state that FBGEMM takes no preallocated buffers for
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class FusedRows:
         storages = {WEIGHT: Storage(torch.empty(rows, self.width, dtype=self.dtype, device=self.device), rowwise=False)}
         if self.optimizer.kind == "rowwise_adagrad":
             storages["momentum1"] = Storage(torch.empty(rows, device=self.device), rowwise=True)
+        elif self.optimizer.kind == "counter_sgd":
+            for name in ("momentum1", *_COUNTER_STATE):
+                storages[name] = Storage(torch.empty(rows, device=self.device), rowwise=True)
         elif self.optimizer.kind == "adagrad":
             storages["momentum1"] = Storage(torch.empty(rows, self.width, device=self.device), rowwise=False)
         return storages
@@ -113,10 +117,13 @@ class FusedRows:
     def direct_rule(self) -> UpdateRule | None:
         """The optimizer as the CPU kernels know it; None where only FBGEMM can run it."""
         known = {"learning_rate", "eps"}
+        kind = self.optimizer.kind
         if self.device.type != "cpu" or self.dtype != torch.float32 or set(self.optimizer.options) - known:
             return None
+        if kind == "counter_sgd":
+            return None
         eps = float(self.optimizer.options.get("eps", FBGEMM_EPS))
-        return UpdateRule(kind=self.optimizer.kind, learning_rate=self.learning_rate * self.rate_scale, eps=eps)
+        return UpdateRule(kind=kind, learning_rate=self.learning_rate * self.rate_scale, eps=eps)
 
     def _build_table(self) -> SplitTableBatchedEmbeddingBagsCodegen:
         """Build the FBGEMM table over the tensors of the class."""
@@ -131,9 +138,13 @@ class FusedRows:
             preallocated_host_buffers={
                 ("weights" if name == WEIGHT else name): storage.tensor.view(-1)
                 for name, storage in self._storages.items()
+                if name not in _COUNTER_STATE
             },
             **options,
         )
+        for name in _COUNTER_STATE:
+            if name in self._storages:
+                getattr(table, f"{name}_host").data = self._storages[name].tensor
         self._table = table
         self._set_step(self.step)
         return table
@@ -183,6 +194,7 @@ class TrainedRows:
         self.width = width
         self.sparse = sparse
         self.parameter = nn.Parameter(torch.empty(0, width, dtype=dtype, device=device))
+        self.learning_rate: float | None = None  # of the optimizer that trains them, where a method needs to know
         self.companions: dict[str, Storage] = {}
 
     @property
@@ -209,12 +221,12 @@ class TrainedRows:
         self.parameter.data = storages[WEIGHT].tensor
         self.companions = {name: storage for name, storage in storages.items() if name != WEIGHT}
 
-    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Pooled lookup with autograd."""
+    def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, parameter: Tensor | None = None) -> Tensor:
+        """Pooled lookup with autograd; ``parameter`` is a view of the rows whose gradients pass through a method."""
         dtype = self.parameter.dtype
         return F.embedding_bag(
             slots,
-            self.parameter,
+            self.parameter if parameter is None else parameter,
             offsets,
             mode="sum",
             sparse=self.sparse,

@@ -73,6 +73,52 @@ def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def load_i32(typing_context: Any, address: Any, index: Any) -> Any:
+    """Read the ``index``-th int32 after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(32).as_pointer())
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return types.int32(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_i32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write the ``index``-th int32 after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(32).as_pointer())
+        builder.store(args[2], builder.gep(pointer, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int32), generate
+
+
+@intrinsic
+def load_u8(typing_context: Any, address: Any, index: Any) -> Any:
+    """Read the ``index``-th byte after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return types.uint8(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_u8(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write the ``index``-th byte after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        builder.store(args[2], builder.gep(pointer, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint8), generate
+
+
+@intrinsic
 def copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy ``count`` bytes between addresses that do not overlap."""
 

@@ -84,12 +84,12 @@ def test_log_counters_of_both_twins_are_equal(case: Case, increment: float, occu
     results = []
     for backend in ("cpu", "reference"):
         tables: list[Tensor | None] = [torch.arange(t.rows).to(torch.uint8) for t in case.tables]
-        with force_backend(backend):  # type: ignore[arg-type]
+        with force_backend(backend):
             for seed in range(20):
                 counts = row_counts(tables, increment, occurrences=occurrences, seed=seed)
                 count_rows(counts, case.ids_tensor(), case.offsets_tensor(), case.layout())
         results.append(tables)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -100,7 +100,7 @@ def test_threads_do_not_change_a_bit() -> None:
         with threads(count):
             count_rows(row_counts(tables, occurrences=True), LARGE.ids_tensor(), LARGE.offsets_tensor(), LARGE.layout())
         results.append(tables)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_log_codes_reach_a_thousand_million() -> None:

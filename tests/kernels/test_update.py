@@ -19,6 +19,7 @@ from lightning_embcomp.kernels.update import UpdateRule, update_rows
 from lightning_embcomp.kernels.update.cpu import _IDS_PER_THREAD
 
 from .cases import LARGE, Case, make_case, threads
+from .test_count import occurrences_of, row_counts
 
 KINDS = ("sgd", "rowwise_adagrad", "adagrad")
 
@@ -128,3 +129,62 @@ def test_fifty_steps_equal_fbgemm(backend: str, kind: str, weighted: bool) -> No
     if states[1] is not None:
         kept = plain.split_optimizer_states()[0][0]
         torch.testing.assert_close(states[1], kept.view(states[1].shape), rtol=1e-5, atol=2e-6)
+
+
+def counted_update(case: Case, grad: Tensor, stored: list[Tensor | None], cap: float = torch.inf) -> list[Tensor]:
+    """Class tables after an update with SGD whose rates fall with the counts of the first table and of the last."""
+    tables = case.class_tables(case.full)
+    ids, offsets, layout = case.ids_tensor(), case.offsets_tensor(), case.layout()
+    routes = find(ids, offsets, layout, case.router.tensors, case.classes)
+    counts = row_counts(stored, 2.0, occurrences=True)
+    counts.gain[:] = torch.tensor([0.5 if t is not None else 0.0 for t in stored])
+    counts.cap.fill_(cap)
+    rules = [UpdateRule(kind="sgd", learning_rate=0.3)] * case.classes
+    weights, none = case.weights_tensor(), [None] * case.classes
+    update_rows(tables, none, rules, grad, routes, offsets, weights, layout, case.columns, ids, counts)
+    return tables
+
+
+@pytest.mark.parametrize("cap", [float("inf"), 0.06])
+def test_counted_rows_take_their_own_rates(backend: str, case: Case, cap: float) -> None:
+    """Every row is counted, also without storage; the middle table keeps the plain rate."""
+    stored: list[Tensor | None] = [torch.full((t.rows,), 3.0) for t in case.tables]
+    if len(stored) > 1:
+        stored[1] = None
+    grad = torch.randn(case.layout().shape, generator=torch.Generator().manual_seed(3))
+    found = counted_update(case, grad, stored, cap)
+    expected_full = []
+    for t, (g, seen) in enumerate(zip(case.row_gradients(grad.double().numpy()), occurrences_of(case), strict=True)):
+        count = 3 + 2.0 * seen
+        rate = np.full(len(count), 0.3)
+        values = stored[t]
+        if values is not None:
+            np.testing.assert_array_equal(values.numpy(), count)
+            rate = np.minimum(cap, 0.3 * 0.5 / np.sqrt(count))
+        expected_full.append(case.full[t] - rate[:, None] * g)
+    for c, table in enumerate(case.class_tables(expected_full)):
+        np.testing.assert_allclose(found[c].numpy(), table.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_threads_do_not_change_a_bit_of_counted_rows() -> None:
+    grad = torch.randn(LARGE.layout().shape, generator=torch.Generator().manual_seed(4))
+    results = []
+    for count in (1, 2):
+        stored: list[Tensor | None] = [torch.full((t.rows,), 20, dtype=torch.uint8) for t in LARGE.tables]
+        with threads(count):
+            tables = counted_update(LARGE, grad, stored)
+        results.append([*tables, *[t for t in stored if t is not None]])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_features_of_one_table_need_not_be_neighbours(backend: str) -> None:
+    """Rows that several features look up are updated once, with the sum of their gradients."""
+    tables = tuple(LogicalTable(name=name, rows=9, dim=4) for name in "abc")
+    case = make_case(tables, (0, 1, 0, 2, 1, 2), (False,) * 6, code=1, seed=6)
+    state = [np.full(t.rows, 0.5) for t in tables]
+    rule = UpdateRule(kind="rowwise_adagrad", learning_rate=0.3)
+    grad = torch.randn(case.layout().shape, generator=torch.Generator().manual_seed(3))
+    updated = run_update(case, rule, grad, state)
+    for found, wanted in zip(updated, expected(case, rule, grad, state), strict=True):
+        for c, table in enumerate(case.class_tables(wanted)):
+            np.testing.assert_allclose(found[c].numpy(), table.numpy(), rtol=2e-5, atol=2e-5)

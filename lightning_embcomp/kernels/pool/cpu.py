@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.compile import threaded, threads_for
-from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address
+from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address, store_f32, zero_bytes
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
 
 _AHEAD = 16
@@ -21,7 +21,8 @@ _BAGS_PER_THREAD = 2048
 
 @threaded(fastmath={"contract", "nsz"})
 def _pool(
-    out: Any,
+    target: Any,
+    stride: Any,
     tables: Any,
     id_class: Any,
     id_slot: Any,
@@ -45,7 +46,8 @@ def _pool(
         for bag in range(chunk_bag[chunk], chunk_bag[chunk + 1]):
             while bag >= bag_start[feature + 1]:
                 feature += 1
-            row = out[bag - bag_start[feature] + row_start[feature], column[feature] : column[feature] + width[feature]]
+            row = target + 4 * ((bag - bag_start[feature] + row_start[feature]) * stride + column[feature])
+            columns = width[feature]
             first, last = offsets[bag], offsets[bag + 1]
             filled = 0  # columns below this hold sums; the rest is zeroed at the end
             for i in range(first, last):
@@ -59,26 +61,34 @@ def _pool(
                 c = id_class[i]
                 if c == NO_CLASS:
                     continue
-                source = np.int64(id_slot[i]) * class_width[c]
+                # Outside the loops over columns: a store might change it, as far as the compiler knows.
+                source = tables[c] + np.int64(id_slot[i]) * 4 * class_width[c]
                 factor = weights[i] if weighted else np.float32(1.0)
+                if filled == 0 and class_width[c] == columns:
+                    # The most frequent case, the first row of a bag, stored whole.
+                    for d in range(columns):
+                        store_f32(row, d, load_f32(source, d) * factor)
+                    filled = columns
+                    continue
                 for run in range(first_run[c], first_run[c + 1]):
                     low, high = run_column[run], run_column[run] + run_length[run]
                     if low > filled:
-                        row[filled:low] = np.float32(0.0)
+                        zero_bytes(row + 4 * filled, 4 * (low - filled))
                         filled = low
-                    known = min(high, filled)
-                    for d in range(low, known):
-                        row[d] += load_f32(tables[c], source + d - low) * factor
-                    for d in range(max(low, known), high):
-                        row[d] = load_f32(tables[c], source + d - low) * factor
+                    known = min(high, filled) - low
+                    into = row + 4 * low
+                    for d in range(known):
+                        store_f32(into, d, load_f32(into, d) + load_f32(source, d) * factor)
+                    for d in range(max(0, known), run_length[run]):
+                        store_f32(into, d, load_f32(source, d) * factor)
                     filled = max(filled, high)
-                    source += run_length[run]
-            if filled < row.shape[0]:
-                row[filled:] = np.float32(0.0)
+                    source += 4 * run_length[run]
+            if filled < columns:
+                zero_bytes(row + 4 * filled, 4 * (columns - filled))
             if mean[feature] and last - first > 1:
                 scale = np.float32(1.0) / np.float32(last - first)
                 for d in range(filled):
-                    row[d] *= scale
+                    store_f32(row, d, load_f32(row, d) * scale)
 
 
 def pool(
@@ -92,10 +102,11 @@ def pool(
     """Numba twin of :func:`lightning_embcomp.kernels.pool.reference.pool`."""
     out = torch.empty(layout.shape, dtype=torch.float32)
     threads = threads_for(offsets.numel() - 1, _BAGS_PER_THREAD)
-    chunk_bag = np.linspace(0, offsets.numel() - 1, threads + 1).astype(np.int64)
+    chunk_bag = np.arange(threads + 1) * (offsets.numel() - 1) // threads
     _pool(
         threads,
-        out.numpy(),
+        out.data_ptr(),
+        out.shape[1],
         np.array([table.data_ptr() for table in tables], np.int64),
         routes.row_class.numpy(),
         routes.slot.numpy(),

@@ -147,7 +147,7 @@ def _find_in_chunks(indices: Tensor, offsets: Tensor, layout: BagLayout, router:
         id_slot=np.empty(ids.shape[0], np.int32),
         id_count=np.zeros((chunks, classes), np.int64),
         bag_count=np.zeros((chunks, classes), np.int64),
-        chunk_bag=np.linspace(0, bag_total, chunks + 1).astype(np.int64),
+        chunk_bag=np.arange(chunks + 1) * bag_total // chunks,
     )
     bad = np.full(chunks, -1, np.int64)
     _find(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_embcomp.kernels.count.rows import RowCounts
 from lightning_embcomp.kernels.dispatch import backend_for
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, IdRoutes
 from lightning_embcomp.kernels.update import cpu, reference
@@ -24,6 +25,8 @@ def update_rows(
     weights: Tensor | None,
     layout: BagLayout,
     columns: ClassColumns,
+    logical: Tensor | None = None,
+    counts: RowCounts | None = None,
 ) -> None:
     r"""Update every row that the batch looked up, once, with the sum of the gradients of its occurrences.
 
@@ -31,6 +34,9 @@ def update_rows(
     adds :math:`\mathrm{mean}(g^2)` to the row's state :math:`m` and does
     :math:`w \leftarrow w - \eta g / (\sqrt{m} + \epsilon)`; ``adagrad`` the same per weight. These are FBGEMM's rules
     for the same optimizers.
+
+    With ``counts``, every row is counted first, rows without storage included, and ``sgd`` takes the rate of
+    :class:`~lightning_embcomp.kernels.count.rows.RowCounts` for tables that have a gain.
 
     Args:
         tables: Weights of each class, float32 ``(rows, width)``, changed in place.
@@ -42,6 +48,8 @@ def update_rows(
         weights: Per-sample weights, float32 ``(N,)``, or None.
         layout: Output position of each bag.
         columns: Columns that each class stores.
+        logical: Logical ids of the batch, ``(N,)``; needed with ``counts``.
+        counts: Counters to move and to take step sizes from.
     """
     kernel = cpu.update_rows if backend_for(grad.device) == "cpu" else reference.update_rows
-    kernel(tables, states, rules, grad, routes, offsets, weights, layout, columns)
+    kernel(tables, states, rules, grad, routes, offsets, weights, layout, columns, logical, counts)

@@ -1,0 +1,30 @@
+"""Count how often the rows of a batch are looked up, in 1 or 4 bytes per row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_embcomp.kernels.count import cpu, reference
+from lightning_embcomp.kernels.count.encoding import LOG_VALUES, decode, nearest_code, round_to_code, uniform
+from lightning_embcomp.kernels.count.rows import RowCounts
+from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.types import BagLayout
+
+__all__ = ["LOG_VALUES", "RowCounts", "count_rows", "decode", "nearest_code", "round_to_code", "uniform"]
+
+
+def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagLayout) -> None:
+    """Add a batch to the counters, in place.
+
+    Every distinct row moves once, by the table's increment, times its occurrences in the batch where the table counts
+    those. Log counters move at random, such that the expectation is exact; the random bits are a hash of the seed and
+    the row. Integers saturate.
+
+    Args:
+        counts: Counters; rates are not used.
+        indices: Logical ids, ``(N,)``, in range.
+        offsets: Bag boundaries, ``(bags + 1,)``.
+        layout: Features of the bags.
+    """
+    kernel = cpu.count_rows if backend_for(indices.device) == "cpu" else reference.count_rows
+    kernel(counts, indices, offsets, layout)

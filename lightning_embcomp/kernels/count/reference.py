@@ -1,0 +1,49 @@
+"""Counting in plain PyTorch: the definition that the fast path is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_embcomp.kernels.count.encoding import (
+    INTEGER,
+    LARGEST_INT,
+    LOG,
+    LOG_VALUES,
+    decode,
+    round_to_code,
+    uniform,
+)
+from lightning_embcomp.kernels.count.rows import RowCounts
+from lightning_embcomp.kernels.types import BagLayout
+
+
+def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagLayout) -> None:
+    """Plain twin of :func:`lightning_embcomp.kernels.count.count_rows`."""
+    bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=indices.device), offsets.long().diff())
+    table_of_id = layout.table[torch.searchsorted(layout.bag_start[1:], bag, right=True)]
+    for t, stored in enumerate(counts.tables):
+        increment = float(counts.increment[t])
+        if stored is None or increment == 0.0:
+            continue
+        rows, times = torch.unique(indices[table_of_id == t].long(), return_counts=True)
+        added = increment * (times.double() if counts.occurrences[t] else torch.ones_like(times, dtype=torch.float64))
+        before = stored[rows]
+        kind = int(counts.encoding[t])
+        after = decode(before) + added
+        if kind == LOG:
+            last = torch.from_numpy(LOG_VALUES[-1:]).to(after.device)
+            draw = uniform(int(counts.seed), counts.first_row[t] + rows)
+            stored[rows] = round_to_code(torch.minimum(after, last), draw)
+        elif kind == INTEGER:
+            stored[rows] = after.clamp(max=LARGEST_INT).to(torch.int32)
+        else:
+            stored[rows] = after.float()
+
+
+def row_gain(counts: RowCounts, table: int, rows: Tensor) -> Tensor | None:
+    """Multipliers of the rate for rows of a table, float32, before the cap; None where the plain rate holds."""
+    stored = counts.tables[table]
+    if stored is None or float(counts.gain[table]) == 0.0:
+        return None
+    return (float(counts.gain[table]) / decode(stored[rows]).clamp(min=float(counts.floor[table])).sqrt()).float()

@@ -1,0 +1,1 @@
+"""FA-SGD and CF-SGD: learning rates that fall with the frequency of a row."""
