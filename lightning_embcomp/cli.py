@@ -38,6 +38,7 @@ TRAINER_COMMANDS = {
 """What LightningCLI runs, with the line for ``embcomp --help``."""
 
 COMMANDS = {
+    "export": Command("lightning_embcomp.export.command", "turn a checkpoint into low-precision tables that serve"),
     "report": Command("lightning_embcomp.report.command", "account for every byte of a trained model"),
 }
 """The other commands; one line here adds one."""

@@ -44,6 +44,7 @@ def rounding(rows: int, dim: int) -> TablePrecision:
     return TablePrecision(bounds=bounds, bits=bits, steps={8: 2**-10, 4: 2**-7, 2: 2**-6}, offset=torch.zeros(dim))
 
 
+@pytest.mark.slow
 def test_train_export_load_validate(data: ClickLogDataModule, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ClickModel(over_layers=(32,))

@@ -90,6 +90,7 @@ CASES: dict[str, tuple[list[ExportTable], int]] = {
     "odd_dims_2": ([table(50, 7), table(50, 17, 1)], 2),
     "odd_dims_float": ([table(50, 7), table(50, 17, 1)], 16),
     "wide": ([table(40, 148)], 4),
+    "single_rows": ([table(1, 4), table(1, 12, 1)], 2),
     "runs": ([table(2000, 32, precision=precision(2000, 32, mixed=False)), table(70, 16, 1)], 8),
     "codes": ([table(1000, 32, precision=precision(1000, 32, mixed=True)), table(70, 16, 1)], 4),
     "pruned": (
