@@ -63,4 +63,43 @@ def movielens_1m(seed: int) -> ClickLogDataModule:
     )
 
 
-DATASETS = {"criteo_80k": criteo_80k, "book_crossing": book_crossing, "movielens_1m": movielens_1m}
+def us_flights(seed: int) -> ClickLogDataModule:
+    """US flights of January 2024, arrival at least 15 minutes late: 80 / 10 / 10 at random.
+
+    Only what is known before departure is an input. Cancelled and diverted flights have no label and are left out.
+    """
+    schema = ClickLogSchema(
+        label="ArrDel15",
+        dense=("Distance", "CRSElapsedTime"),
+        categorical=(
+            "Marketing_Airline_Network",
+            "Operating_Airline",
+            "Flight_Number_Operating_Airline",
+            "Tail_Number",
+            "Origin",
+            "Dest",
+            "FlightDate",
+            "DayOfWeek",
+            "CRSDepTime",
+            "DepTimeBlk",
+            "ArrTimeBlk",
+        ),
+    )
+    return ClickLogDataModule(
+        path=str(DATA / "us_flights_2024_01" / "flights.csv.xz"),
+        format="table",
+        schema=schema,
+        batch_size=2048,
+        split=Split(kind="random", validation=0.1, test=0.1),
+        on_bad_rows="skip",
+        cache_dir=str(CACHE),
+        seed=seed,
+    )
+
+
+DATASETS = {
+    "criteo_80k": criteo_80k,
+    "book_crossing": book_crossing,
+    "movielens_1m": movielens_1m,
+    "us_flights": us_flights,
+}

@@ -7,6 +7,7 @@ loaded again. The search phase of a run takes no part::
     python -m benchmarks.precision run --dataset criteo_80k --method qat --bits 4 --seed 0
     python -m benchmarks.precision run --dataset criteo_80k --method mpe --ratio 50 --seed 0
     python -m benchmarks.precision summary      # writes benchmarks/results/precision.json
+    python -m benchmarks.precision step         # writes benchmarks/results/precision-step.json
 
 A plain run also tests its tables rounded after training to 8, 4 and 2 bits, row by row.
 """
@@ -18,6 +19,8 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,14 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.datasets import CACHE, DATASETS
 from benchmarks.machine import describe
 from benchmarks.quality import DIM, MODEL, RESULTS, BestEpoch, normalized_entropy, paired_bootstrap, predict
+from benchmarks.speed import ClickBatch, click_batches, click_model, interleaved, train
 from lightning_embcomp import MixedPrecisionSearch, PrecisionSearch, RowQuantization
 from lightning_embcomp.export import build, hosts_of, load, write
 from lightning_embcomp.export.accounting import disk_bytes, plain_bytes, serving_bytes
 from lightning_embcomp.export.evaluation import swapped
 from lightning_embcomp.export.files import read
+from lightning_embcomp.methods.mpe.plan import ZeroWidthPlan
+from lightning_embcomp.methods.mpe.training import QuantizerTraining
 from lightning_embcomp.models import ClickModel
 
 RUNS = CACHE / "precision-runs"
@@ -145,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        val_check_interval=0.25,
+        val_check_interval=args.check,
         callbacks=[best] if search is None else [search, best],
     )
     started = time.perf_counter()
@@ -197,6 +203,58 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+def _train_both(
+    model: ClickModel,
+    optimizer: torch.optim.Optimizer,
+    training: QuantizerTraining | None,
+    batches: list[ClickBatch],
+    turn: int,
+) -> None:
+    """One step of the model, and of the settings of its rounding."""
+    train(model, optimizer, batches[turn % 8])
+    if training is not None:
+        training.step()
+
+
+def step(args: argparse.Namespace) -> None:
+    """A whole DLRM step in either phase against the plain one, one thread, interleaved medians; writes the results."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    results = []
+    for dim, batch in ((16, 2048), (64, 2048), (16, 256)):
+        batches = click_batches(batch)
+        by_rank, softmax = PrecisionSearch(frequency="rank"), PrecisionSearch(frequency="rank", method="softmax")
+        callbacks = {
+            "plain": None,
+            "search": MixedPrecisionSearch(ratio=20, search=by_rank),
+            "search, softmax": MixedPrecisionSearch(ratio=20, search=softmax),
+            "retrain": MixedPrecisionSearch(ratio=20, search=by_rank),
+            "8 bits": MixedPrecisionSearch(bits=8),
+        }
+        steps: list[Callable[[int], None]] = []
+        for name, callback in callbacks.items():
+            model, optimizer = click_model(dim, callback)
+            training = None if callback is None else callback.training
+
+            one = partial(_train_both, model, optimizer, training, batches)
+            if name == "retrain":
+                assert training is not None and callback is not None
+                for turn in range(8):
+                    one(turn)
+                training.settle(training.choose())
+                for owned in callback.owned[:1]:
+                    owned.host.engine.move(ZeroWidthPlan(owned.host.engine))
+            steps.append(one)
+        seconds = interleaved(steps, args.rounds)
+        ms = {name: taken * 1e3 for name, taken in zip(callbacks, seconds, strict=True)}
+        ratios = {name: taken / seconds[0] for name, taken in zip(callbacks, seconds, strict=True)}
+        results.append({"dim": dim, "batch": batch, "ms": ms, "ratio": ratios})
+        print(json.dumps(results[-1]), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "precision-step.json"
+    path.write_text(json.dumps({"machine": describe(), "rounds": args.rounds, "results": results}, indent=1) + "\n")
+
+
 def summary(args: argparse.Namespace) -> None:
     """Average over seeds, compare with plain on the same rows, write JSON and a table."""
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -212,7 +270,10 @@ def summary(args: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "precision.json").write_text(json.dumps({"machine": describe(), "results": tables}, indent=1) + "\n")
     for dataset, rows in tables.items():
-        print(f"\n{dataset}\n{'run':20} seeds   AUC     ±    ΔAUC [95 %]                 NE     ΔNE      disk  serving   bits")
+        print(
+            f"\n{dataset}\n{'run':20} seeds   AUC     ±    ΔAUC [95 %]                 NE     ΔNE      disk"
+            "  serving   bits"
+        )
         for r in rows:
             low, high = r["interval"]["auc"] if r["interval"] else (0.0, 0.0)
             print(
@@ -278,11 +339,15 @@ def main() -> None:
     one.add_argument("--groups", type=int, default=PrecisionSearch().groups)
     one.add_argument("--offset", action="store_true")
     one.add_argument("--epochs", type=int, default=12, help="epochs outside the search")
-    one.add_argument("--patience", type=int, default=4)
+    one.add_argument("--patience", type=int, default=1)
+    one.add_argument("--check", type=float, default=1.0, help="epochs between validations")
     one.add_argument("--name", default=None)
     one.add_argument("--force", action="store_true")
     one.set_defaults(action=run)
     commands.add_parser("summary", help="average, compare, write the results").set_defaults(action=summary)
+    steps = commands.add_parser("step", help="time of a training step, write the results")
+    steps.add_argument("--rounds", type=int, default=60)
+    steps.set_defaults(action=step)
     args = parser.parse_args()
     args.action(args)
 

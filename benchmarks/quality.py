@@ -35,6 +35,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "criteo_80k": {"embedding_lr": 0.02, "dense_lr": 1e-3},
     "book_crossing": {"embedding_lr": 0.05, "dense_lr": 1e-3},
     "movielens_1m": {"embedding_lr": 0.05, "dense_lr": 1e-3},
+    "us_flights": {"embedding_lr": 0.05, "dense_lr": 1e-3},
 }
 
 

@@ -32,6 +32,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.machine import describe, peak_rss, reset_peak_rss, rss
+from lightning_embcomp import CompressionCallback
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.memory import engine_bytes
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
@@ -136,39 +137,52 @@ def embedding(rounds: int) -> list[dict[str, Any]]:
     return results
 
 
+FEATURES = [{"name": f"c{i}", "num_embeddings": 100_000} for i in range(26)]
+"""Features of the whole model: one id each, Zipf."""
+
+ClickBatch = tuple[torch.Tensor, KeyedJaggedTensor, torch.Tensor]
+
+
+def click_batches(batch: int) -> list[ClickBatch]:
+    """Eight batches of made-up clicks."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(8):
+        ids = torch.from_numpy(np.concatenate([zipf_ids(rng, 100_000, batch) for _ in FEATURES]))
+        lengths = torch.ones(ids.numel(), dtype=torch.int64)
+        sparse = KeyedJaggedTensor([str(f["name"]) for f in FEATURES], ids, lengths=lengths)
+        label = torch.from_numpy((rng.random(batch) < 0.25).astype(np.float32))
+        batches.append((torch.randn(batch, 13), sparse, label))
+    return batches
+
+
+def click_model(dim: int, callback: CompressionCallback | None) -> tuple[ClickModel, torch.optim.Optimizer]:
+    """A DLRM with fused tables and Adam for the rest, as a callback leaves it."""
+    torch.manual_seed(0)
+    model = ClickModel(embedding_dim=dim, features=FEATURES, num_dense=13)
+    if callback is not None:
+        callback.setup(pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False), model, "fit")
+    model.configure_model()
+    return model, torch.optim.Adam([p for n, p in model.named_parameters() if "embedding" not in n], lr=1e-3)
+
+
+def train(model: ClickModel, optimizer: torch.optim.Optimizer, batch: ClickBatch) -> None:
+    """One step."""
+    dense, sparse, label = batch
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(model(dense, sparse), label)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def step(rounds: int) -> list[dict[str, Any]]:
     """A whole DLRM step, plain against pruned, one dense optimizer step included."""
     results = []
-    features = [{"name": f"c{i}", "num_embeddings": 100_000} for i in range(26)]
     for dim, batch in ((16, 2048), (64, 2048), (16, 256)):
-        rng = np.random.default_rng(0)
-        batches = []
-        for _ in range(8):
-            ids = torch.from_numpy(np.concatenate([zipf_ids(rng, 100_000, batch) for _ in features]))
-            sparse = KeyedJaggedTensor(
-                [f["name"] for f in features], ids, lengths=torch.ones(ids.numel(), dtype=torch.int64)
-            )
-            label = torch.from_numpy((rng.random(batch) < 0.25).astype(np.float32))
-            batches.append((torch.randn(batch, 13), sparse, label))
-        models = []
-        for callback in (None, DimensionPruning(target=0.65)):
-            torch.manual_seed(0)
-            model = ClickModel(embedding_dim=dim, features=features, num_dense=13)
-            if callback is not None:
-                callback.setup(pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False), model, "fit")
-            model.configure_model()
-            optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "embedding" not in n], lr=1e-3)
-            models.append((model, optimizer))
-
-        def train(turn: int, which: int) -> None:
-            model, optimizer = models[which]  # noqa: B023
-            dense, sparse, label = batches[turn % 8]  # noqa: B023
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(model(dense, sparse), label)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        seconds = interleaved([lambda turn: train(turn, 0), lambda turn: train(turn, 1)], rounds)
+        batches, callback = click_batches(batch), DimensionPruning(target=0.65)
+        models = [click_model(dim, None), click_model(dim, callback)]
+        steps = [lambda turn, m=m: train(*m, batches[turn % 8]) for m in models]  # type: ignore[misc]  # noqa: B023
+        seconds = interleaved(steps, rounds)
         pruner = callback.pruner
         assert pruner is not None
         every = callback.schedule.every_n_steps

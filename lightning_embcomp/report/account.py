@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_embcomp.engine.memory import TableMemory
+from lightning_embcomp.report.popularity import BitsByRank
 
 KINDS = ("weights", "optimizer_state", "router", "statistics")
 """Kinds of bytes, as attributes of :class:`~lightning_embcomp.engine.memory.TableMemory`."""
@@ -21,6 +22,7 @@ class TableReport:
         memory: Bytes of the table, and of the plain table that it stands for.
         live: Share of the rows that store each column chunk, first chunk first; ``(1.0,)`` for a plain table.
         layout: ``prefix`` or ``chunks`` for a compressed table, ``plain`` for an ordinary one.
+        bits: Bits that the rows are rounded to; None if they are not.
 
     Example:
         >>> memory = TableMemory(name="t", rows=100, dim=8, weights=800, optimizer_state=0, router=100, statistics=100,
@@ -34,6 +36,7 @@ class TableReport:
     memory: TableMemory
     live: tuple[float, ...]
     layout: str
+    bits: BitsByRank | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +56,7 @@ class TableReport:
             "layout": self.layout,
             "live_ratio": list(self.live),
             "nominal_ratio": self.nominal_ratio,
+            **({} if self.bits is None else {"bits": asdict(self.bits)}),
         }
 
 

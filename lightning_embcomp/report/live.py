@@ -109,7 +109,7 @@ def _measure_engine(engine: RoutedEmbeddings, trained: Sequence[Tensor]) -> Tabl
         weights=storage_bytes(tensor for name, tensor in storages if name == WEIGHT),
         optimizer_state=storage_bytes([*trained, *(tensor for name, tensor in storages if name != WEIGHT)]),
         router=storage_bytes([engine.router.tensors.words]),
-        statistics=storage_bytes([engine.utility.values, engine.utility.gain]) if engine.utility is not None else 0,
+        statistics=expected.statistics,
         plain_weights=expected.plain_weights,
         plain_optimizer_state=expected.plain_optimizer_state or _plain_state(engine, trained, expected),
     )

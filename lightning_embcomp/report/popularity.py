@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+SEARCHED = 255
+"""Bits of groups whose width is not chosen yet, in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +57,42 @@ def by_popularity(live: np.ndarray, counts: np.ndarray, groups: int = 10) -> Pop
         live=tuple(float(mean[level[part]].mean()) for part in parts),
         lookups=tuple(float(counts[part].sum() / total) for part in parts),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsByRank:
+    """Bits per value of the rows of a table, against how popular they are.
+
+    Args:
+        average: Mean over the rows; None while widths are searched.
+        rows: Rows of each width.
+        tenths: Mean bits of each tenth of the rows, the most popular first.
+    """
+
+    average: float | None
+    rows: dict[int, int]
+    tenths: tuple[float, ...]
+
+    @classmethod
+    def of(cls, bits: Sequence[int], sizes: Sequence[int]) -> BitsByRank:
+        """Summarise row groups.
+
+        Args:
+            bits: Width of each group, the most popular first; 255 while it is searched.
+            sizes: Rows of each group.
+
+        Example:
+            >>> BitsByRank.of([8, 2, 0], [1, 4, 5])
+            BitsByRank(average=1.6, rows={0: 5, 2: 4, 8: 1}, tenths=(8.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+        """
+        if SEARCHED in bits:
+            return cls(average=None, rows={}, tenths=())
+        ends = np.cumsum([0, *sizes]).astype(np.float64)
+        spent = np.concatenate([[0.0], np.cumsum(np.array(bits, np.float64) * np.array(sizes))])
+        marks = np.interp(np.linspace(0, ends[-1], 11), ends, spent)
+        rows = {width: sum(n for b, n in zip(bits, sizes, strict=True) if b == width) for width in sorted(set(bits))}
+        return cls(
+            average=float(spent[-1] / ends[-1]),
+            rows=rows,
+            tenths=tuple(float(x) for x in np.diff(marks) / (ends[-1] / 10)),
+        )

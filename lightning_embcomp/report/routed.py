@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning_embcomp.engine.state import FORMAT_VERSION, LAYOUTS
 from lightning_embcomp.engine.statistics import GAIN_BYTES
 from lightning_embcomp.report.account import TableReport
 from lightning_embcomp.report.optimizer_states import OptimizerStates, StateSize, state_size
+from lightning_embcomp.report.popularity import BitsByRank
 
 _ENGINE = "engine"
 _WORD_BYTES = 8
@@ -34,11 +35,13 @@ class SavedTable:
         logical: The table as it was configured.
         rows: Per code from 1 the tensors of the rows with that code: ``weight``, and fused optimizer state.
         utility: Utilities, if they were tracked.
+        attached: What methods keep of the table, by ``<method state>.<tensor>``.
     """
 
     logical: LogicalTable
     rows: tuple[Mapping[str, Tensor], ...]
     utility: Tensor | None
+    attached: Mapping[str, Tensor] = field(default_factory=dict)
 
     def count(self, code: int) -> int:
         """Rows with that code."""
@@ -124,7 +127,7 @@ def _report_table(host: str, table: SavedTable, trained: Sequence[StateSize]) ->
         weights=weights,
         optimizer_state=state,
         router=-(-logical.rows // BLOCK) * words_per_block(logical.codes) * _WORD_BYTES,
-        statistics=0 if table.utility is None else table.utility.numel() * table.utility.element_size() + GAIN_BYTES,
+        statistics=_statistics(table),
         plain_weights=plain_weight_bytes(logical, table.dtype),
         plain_optimizer_state=plain_state.bytes(logical.rows, logical.dim),
     )
@@ -133,8 +136,24 @@ def _report_table(host: str, table: SavedTable, trained: Sequence[StateSize]) ->
         for chunk in logical.live_chunks(code):
             live[chunk] += table.count(code)
     return TableReport(
-        host=host, memory=memory, live=tuple(count / logical.rows for count in live), layout=logical.layout
+        host=host,
+        memory=memory,
+        live=tuple(count / logical.rows for count in live),
+        layout=logical.layout,
+        bits=_bits(table),
     )
+
+
+def _statistics(table: SavedTable) -> int:
+    held = [*table.attached.values()] + ([] if table.utility is None else [table.utility])
+    return sum(t.numel() * t.element_size() for t in held) + (0 if table.utility is None else GAIN_BYTES)
+
+
+def _bits(table: SavedTable) -> BitsByRank | None:
+    bits, bounds = table.attached.get("precision.bits"), table.attached.get("precision.bounds")
+    if bits is None or bounds is None:
+        return None
+    return BitsByRank.of(bits.tolist(), bounds.diff().tolist())
 
 
 def _read_table(state: Mapping[str, Any], key: str, name: str) -> SavedTable:
@@ -160,7 +179,13 @@ def _read_table(state: Mapping[str, Any], key: str, name: str) -> SavedTable:
     utility = _tensor(state, key + "utility") if key + "utility" in state else None
     if utility is not None and utility.shape[:1] != (logical.rows,):
         raise DamagedTableError(f"{key}utility has shape {tuple(utility.shape)}, but the table {logical.rows} rows")
-    return SavedTable(logical, tuple(rows), utility)
+    attached = {name[len(key) :]: _tensor(state, name) for name in state if _is_attached(name, key)}
+    return SavedTable(logical, tuple(rows), utility, attached)
+
+
+def _is_attached(name: str, key: str) -> bool:
+    parts = name[len(key) :].split(".") if name.startswith(key) else []
+    return len(parts) == 2 and parts[0] != "rows"
 
 
 def _logical_table(shape: object, name: str) -> LogicalTable:

@@ -40,7 +40,8 @@ def render(report: MemoryReport) -> RenderableType:
         "nominal: weights alone, as often quoted.",
         *report.notes,
     ]
-    return Group(Text(_title(report), style="bold"), held, plain, Text("\n".join(lines), style="dim"))
+    rounded = [_rounded(names, report)] if any(table.bits for table in report.tables) else []
+    return Group(Text(_title(report), style="bold"), held, plain, *rounded, Text("\n".join(lines), style="dim"))
 
 
 def size(value: int) -> str:
@@ -84,6 +85,20 @@ def _kinds(memory: TableMemory) -> list[str]:
 
 def _ratios(memory: TableMemory, nominal: float | None) -> list[str]:
     return [size(memory.plain_total), size(memory.total), times(memory.ratio), times(nominal)]
+
+
+def _rounded(names: Sequence[str], report: MemoryReport) -> Table:
+    title = "Bits per value, as the tables are rounded when they are used"
+    table = _table(title, "average", "rows by bits", "by tenth of the rows, popular first")
+    for name, entry in zip(names, report.tables, strict=True):
+        if entry.bits is None:
+            continue
+        if entry.bits.average is None:
+            table.add_row(name, "searched", "", "")
+            continue
+        rows = " ".join(f"{width}: {count:,}" for width, count in entry.bits.rows.items())
+        table.add_row(name, f"{entry.bits.average:.2f}", rows, " ".join(f"{mean:.2g}" for mean in entry.bits.tenths))
+    return table
 
 
 def _live(table: TableReport) -> str:
