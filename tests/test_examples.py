@@ -46,9 +46,18 @@ def test_out_of_core_table(said: str) -> None:
     assert held < 0.1 * full
 
 
+@pytest.mark.parametrize("said", ["frequency_lr.py"], indirect=True)
+def test_frequency_lr(said: str) -> None:
+    losses = [numbers(line)[0] for line in said.splitlines() if "validation NE" in line]
+    assert len(losses) == 3 and all(0.7 < loss < 1 for loss in losses)
+    state, rare, frequent = numbers(said[said.index("  1 byte") :])
+    assert (state, frequent < 0.5 * rare) == (1, True)
+
+
 def test_every_script_is_tested() -> None:
     assert {path.name for path in _FOLDER.glob("*.py")} == {
         "existing_trainer.py",
+        "frequency_lr.py",
         "out_of_core_table.py",
         "torchrec_fused.py",
     }

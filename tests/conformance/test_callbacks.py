@@ -279,7 +279,8 @@ def test_a_bad_loss_leaves_the_tables_as_they_were(one_case: CallbackCase, loss:
     torch.manual_seed(0)
     trainer(one_case.active()).fit(good, batches(1.0, 2.0))
     torch.manual_seed(0)
-    with pytest.raises(NonFiniteLossError, match=f"the loss is -?{loss} at step 2; the tables are unchanged"):
+    # Rows that were rounded to zero make NaN of infinity.
+    with pytest.raises(NonFiniteLossError, match=f"the loss is (-?{loss}|nan) at step 2; the tables are unchanged"):
         trainer(one_case.active()).fit(bad, batches(1.0, 2.0, loss))
     assert_equal_states(state_of(good), state_of(bad))
 

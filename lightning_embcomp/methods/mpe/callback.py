@@ -74,9 +74,7 @@ class MixedPrecisionSearch(CompressionCallback):
             )
         self.search = search or PrecisionSearch()
         if penalty is not None and self.search.method != "softmax":
-            raise ValueError(
-                "MixedPrecisionSearch: penalty works with search.method='softmax' only; give ratio"
-            )
+            raise ValueError("MixedPrecisionSearch: penalty works with search.method='softmax' only; give ratio")
         if bits is not None and search is not None:
             raise ValueError("MixedPrecisionSearch: search has no effect with bits, where every row has one width")
         self.ratio = None if ratio is None else check_ratio(ratio)

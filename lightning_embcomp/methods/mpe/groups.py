@@ -85,6 +85,11 @@ class RowGroups:
         """Group of each row within its table, int16, a live view; None where groups are ranges of ids."""
         return self._parts[table] if table in self.bounds and self._shift[table] == 0 else None
 
+    @property
+    def lookup(self) -> Tensor:
+        """Groups of all tables, int16."""
+        return self._lookup
+
     def lookup_bytes(self, table: int) -> int:
         """Bytes of the lookup of a table."""
         return self._parts[table].numel() * self._lookup.element_size()

@@ -194,6 +194,10 @@ class RowQuantizer(RowValues):
         held = super().table_bytes(table) - (0 if per_row is None else per_row.numel() * per_row.element_size())
         return held + self.groups.lookup_bytes(table)
 
+    def held(self, tables: int) -> list[Tensor]:
+        """See :meth:`lightning_embcomp.engine.attached.TableState.held`."""
+        return [*super().held(tables), self.groups.lookup]
+
     def prepare(self, table: int, saved: Mapping[str, Tensor]) -> None:
         """See :meth:`lightning_embcomp.engine.attached.TableState.prepare`."""
         if table not in self.groups.bounds or "bounds" not in saved:
