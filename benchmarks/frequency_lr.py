@@ -62,8 +62,8 @@ def variant(args: argparse.Namespace) -> str:
     parts = [args.method]
     if args.method in ("fa_sgd", "cf_sgd"):
         parts.append(args.counter)
-        if args.counted == "occurrence":
-            parts.append("occurrence")
+        if args.counted != CounterSettings().counted:
+            parts.append(args.counted)
     if args.method == "cf_sgd":
         if args.form != "running":
             parts.append(args.form)
@@ -410,7 +410,7 @@ def main() -> None:
     one.add_argument("--lr", type=float, required=True, help="rate of the tables")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--counter", choices=["log", "exact"], default="log")
-    one.add_argument("--counted", choices=["presence", "occurrence"], default="presence")
+    one.add_argument("--counted", choices=["presence", "occurrence"], default=CounterSettings().counted)
     one.add_argument("--form", choices=["running", "horizon"], default="running", help="of cf_sgd")
     one.add_argument("--half-life", type=float, default=None, help="of cf_sgd, in steps")
     one.add_argument("--max-rate", type=float, default=None)

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse.typing import import_object
@@ -84,6 +84,19 @@ class EmbCompCLI(LightningCLI):
             self._parser(self.subcommand).error(str(refusal))
 
 
+SETTINGS: dict[str, Any] = {
+    "model_class": pl.LightningModule,
+    "datamodule_class": pl.LightningDataModule,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "seed_everything_default": 0,
+    # The model has its own optimizers: an `--optimizer` would also take the fused tables.
+    "auto_configure_optimizers": False,
+    "parser_class": EmbCompParser,
+}
+"""What every command that builds a run gives to LightningCLI."""
+
+
 def run(arguments: list[str] | None) -> None:
     """Run a trainer command.
 
@@ -91,15 +104,8 @@ def run(arguments: list[str] | None) -> None:
         arguments: The command and its options; None for those of the process.
     """
     EmbCompCLI(
-        model_class=pl.LightningModule,
-        datamodule_class=pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
+        **SETTINGS,
         trainer_defaults={"logger": {"class_path": DEFAULT_LOGGER, "init_args": {"save_dir": "."}}},
-        seed_everything_default=0,
-        # The model has its own optimizers: an `--optimizer` would also take the fused tables.
-        auto_configure_optimizers=False,
-        parser_class=EmbCompParser,
         parser_kwargs={"prog": "embcomp"},
         args=arguments,
     )

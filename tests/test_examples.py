@@ -54,10 +54,28 @@ def test_frequency_lr(said: str) -> None:
     assert (state, frequent < 0.5 * rare) == (1, True)
 
 
+@pytest.mark.parametrize("said", ["export_and_serve.py"], indirect=True)
+def test_export_and_serve(said: str) -> None:
+    plain, disk, *_ = numbers(said[said.index("plain float32 tables") :].replace("float32", ""))
+    assert plain == 20_200 * 16 * 4 > 4 * disk
+    change = numbers(said[said.index("largest logit change") :])[0]
+    assert 0 < change < 0.2
+
+
+@pytest.mark.parametrize("said", ["mixed_precision.py"], indirect=True)
+def test_mixed_precision(said: str) -> None:
+    assert numbers(said[said.index("bits per value") :])[0] <= 32 / 20
+    plain, disk = numbers(said[said.index("float32 tables") :].replace("float32", ""))[:2]
+    assert plain == 22_200 * 16 * 4 > 18 * disk
+    assert numbers(said[said.index("largest difference") :]) == [0.0]
+
+
 def test_every_script_is_tested() -> None:
     assert {path.name for path in _FOLDER.glob("*.py")} == {
         "existing_trainer.py",
+        "export_and_serve.py",
         "frequency_lr.py",
+        "mixed_precision.py",
         "out_of_core_table.py",
         "torchrec_fused.py",
     }

@@ -55,7 +55,7 @@ class CounterSettings:
     """
 
     encoding: Encoding = "log"
-    counted: Counted = "presence"
+    counted: Counted = "occurrence"
     half_life: float | None = None
 
     def __post_init__(self) -> None:

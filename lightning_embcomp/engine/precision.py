@@ -16,6 +16,8 @@ from torch import Tensor
 FULL_WIDTH = 32
 """Width of groups that are not rounded."""
 MAX_WIDTH = 8
+SEARCHED = 255
+"""Saved width of groups that a search has not chosen one for."""
 
 
 @dataclass(frozen=True, kw_only=True)

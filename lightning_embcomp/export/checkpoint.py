@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.layout import PLAIN_TABLE, LogicalTable
-from lightning_embcomp.engine.precision import MAX_WIDTH, TablePrecision
+from lightning_embcomp.engine.precision import MAX_WIDTH, SEARCHED, TablePrecision
 from lightning_embcomp.engine.router import BLOCK, SLAB
 from lightning_embcomp.engine.row_class import WEIGHT
-from lightning_embcomp.export.errors import ExportError
+from lightning_embcomp.export.errors import STILL_SEARCHED, ExportError
 from lightning_embcomp.export.sources import rows_of
 from lightning_embcomp.export.tables import ExportHost, ExportTable, HostKind
 from lightning_embcomp.report.routed import DamagedTableError, SavedTable, read_engines
@@ -180,6 +180,8 @@ class _EngineRows:
 def _precision(state: Mapping[str, Any], key: str, logical: LogicalTable) -> TablePrecision | None:
     if key + "bits" not in state:
         return None
+    if bool((state[key + "bits"] == SEARCHED).any()):
+        raise ExportError(STILL_SEARCHED.format(name=logical.name))
     try:
         steps = state[key + "steps"].tolist()
         return TablePrecision(

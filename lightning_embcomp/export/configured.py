@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
-from lightning_embcomp.trainer_cli import EmbCompCLI, EmbCompParser
+from lightning_embcomp.trainer_cli import SETTINGS, EmbCompCLI
 
 
 class _BuildOnly(EmbCompCLI):
@@ -36,14 +36,8 @@ def restored_run(
         # The words of the command line are those of `embcomp export`, and LightningCLI wonders about them.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         cli = _BuildOnly(
-            model_class=pl.LightningModule,
-            datamodule_class=pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
+            **SETTINGS,
             save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_class=EmbCompParser,
             parser_kwargs={"prog": "embcomp export"},
             args=["fit", *words, *quiet],
         )

@@ -16,9 +16,9 @@ from lightning_embcomp.engine.hosts import (
     RoutedEmbeddingCollection,
     RoutedHost,
 )
-from lightning_embcomp.engine.precision import TablePrecision
+from lightning_embcomp.engine.layout import PLAIN_TABLE
 from lightning_embcomp.engine.routed import RoutedEmbeddings
-from lightning_embcomp.export.errors import ExportError
+from lightning_embcomp.export.errors import STILL_SEARCHED, ExportError
 from lightning_embcomp.export.tables import ExportHost, ExportTable, HostKind, full_name
 from lightning_embcomp.tables import HostView, TableView, find_hosts
 
@@ -141,8 +141,9 @@ def _routed(view: HostView, module: RoutedHost) -> ExportHost:
 
 def _routed_table(engine: RoutedEmbeddings, t: int, key: str, features: tuple[str, ...], mean: bool) -> ExportTable:
     table = engine.tables[t]
-    reader = getattr(engine, "precision", None)
-    precision: TablePrecision | None = reader(t) if callable(reader) else None
+    precision = engine.precision(t)
+    if precision is None and engine.values is not None and engine.values.tensors(t):
+        raise ExportError(STILL_SEARCHED.format(name=key or PLAIN_TABLE))
     return ExportTable(
         name=key,
         rows=table.rows,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SEARCHED = 255
-"""Bits of groups whose width is not chosen yet, in a checkpoint."""
+from lightning_embcomp.engine.precision import SEARCHED
 
 
 @dataclass(frozen=True, kw_only=True)

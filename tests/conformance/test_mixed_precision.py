@@ -18,7 +18,8 @@ from lightning_embcomp import (
     SetupError,
 )
 from lightning_embcomp.engine.memory import table_memory
-from lightning_embcomp.methods.mpe.module import SEARCHING, RowQuantizer
+from lightning_embcomp.engine.precision import SEARCHED
+from lightning_embcomp.methods.mpe.module import RowQuantizer
 from lightning_embcomp.methods.mpe.training import BudgetError
 
 from .cases import OFTEN, ROWS, assert_equal_states, data, fit, hosts, logits, model, state_of, trainer
@@ -261,5 +262,5 @@ def test_the_state_says_that_a_search_goes_on(tmp_path: Path) -> None:
     state: dict[str, Tensor] = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     bits = [value for key, value in state.items() if key.endswith("precision.bits")]
     # The run ended within its search, so that widths were chosen at its end.
-    assert len(bits) == 3 and all(SEARCHING not in value.tolist() for value in bits)
+    assert len(bits) == 3 and all(SEARCHED not in value.tolist() for value in bits)
     fit(module, MixedPrecisionSearch(ratio=25, search=SEARCH))

@@ -20,7 +20,7 @@ from lightning_embcomp.kernels.count import decode
 
 from .engines import TABLES, assert_same_state, batch, make_engine, random_codes, snapshot, train
 
-EXACT = CounterSettings(encoding="exact")
+EXACT = CounterSettings(encoding="exact", counted="presence")
 
 
 def count_by_hand(steps: int, half_life: float | None = None) -> list[torch.Tensor]:
@@ -61,7 +61,7 @@ def test_half_precision_rows_are_counted() -> None:
 @pytest.mark.parametrize("half_life", [0.3, 3.0, 40.0])
 def test_half_lives_survive_sweeps(half_life: float) -> None:
     engine = make_engine("sgd")
-    settings = CounterSettings(encoding="exact", half_life=half_life)
+    settings = CounterSettings(encoding="exact", counted="presence", half_life=half_life)
     counters = share_counters(engine, range(3), settings, "test")
     train(engine, 120)
     for t, expected in enumerate(count_by_hand(120, half_life)):
@@ -96,7 +96,7 @@ def test_only_watched_tables_take_memory() -> None:
     engine = make_engine("sgd")
     for encoding, size in (("log", 1), ("exact", 4)):
         engine = make_engine("sgd")
-        counters = share_counters(engine, [2], CounterSettings(encoding=encoding), "test")  # type: ignore[arg-type]
+        counters = share_counters(engine, [2], CounterSettings(encoding=encoding, counted="presence"), "test")  # type: ignore[arg-type]
         assert [table_memory(engine, t).statistics for t in range(3)] == [0, 0, 67 * size + 16]
         assert sum(table_memory(engine, t).total for t in range(3)) == engine_bytes(engine)
         with pytest.raises(ValueError, match="table 0 is not counted"):

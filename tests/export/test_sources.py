@@ -18,7 +18,15 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_embcomp import DimensionPruning, Granularity, ModelExport, PruningSchedule, cli
+from lightning_embcomp import (
+    DimensionPruning,
+    Granularity,
+    MixedPrecisionSearch,
+    ModelExport,
+    PrecisionSearch,
+    PruningSchedule,
+    cli,
+)
 from lightning_embcomp.export import ExportError, build, dense_state, hosts_of, load, load_model, read, write
 from lightning_embcomp.export.checkpoint import hosts_of_checkpoint
 from lightning_embcomp.export.expansion import expand
@@ -295,3 +303,18 @@ def test_fragment_shows_the_defaults(run: Callable[..., Any]) -> None:
     assert "ModelExport" in said and np.isclose(
         yaml.safe_load(said)["trainer"]["callbacks"][-1]["init_args"]["max_ne_loss"], 0.0005
     )
+
+
+def test_a_state_that_is_still_searched_is_not_exported(tmp_path: Path) -> None:
+    """The same words for a model in memory and for its checkpoint."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+            with pytest.raises(ExportError, match="bits of table .* are still being searched"):
+                hosts_of(pl_module)
+
+    search = MixedPrecisionSearch(ratio=20, search=PrecisionSearch(frequency="rank"))
+    trainer(search, Save(), folder=tmp_path, max_steps=2).fit(click_model(), datamodule=Clicks())
+    with pytest.raises(ExportError, match="bits of table .* are still being searched"):
+        hosts_of_checkpoint(open_checkpoint(tmp_path / "early.ckpt"), tmp_path / "early.ckpt")

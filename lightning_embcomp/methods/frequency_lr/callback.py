@@ -101,7 +101,7 @@ class FrequencyAwareLR(CompressionCallback):
                 raise ValueError(f"FrequencyAwareLR: {name} must not be negative, not {steps}")
         self.form: Form = form
         self.max_rate = max_rate
-        self.counter = counter or CounterSettings()
+        self.counter = counter or CounterSettings(counted="presence" if backend == "fbgemm" else "occurrence")
         self.horizon = horizon
         self.frequencies = frequencies
         self.backend: Backend = backend

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.attached import RowValues
-from lightning_embcomp.engine.precision import MAX_WIDTH, TablePrecision
+from lightning_embcomp.engine.precision import MAX_WIDTH, SEARCHED, TablePrecision
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.engine.router import SLAB
 from lightning_embcomp.kernels.quantize import Rounding, RoundingGradients, round_rows, round_rows_backward
 from lightning_embcomp.methods.mpe.functional import half_steps, initial_steps
 from lightning_embcomp.methods.mpe.groups import RowGroups
 
-SEARCHING = 255
-"""Bits of groups whose width is not chosen yet."""
 _ALL_WIDTHS = MAX_WIDTH + 1  # steps are kept by width, so that a table can be read without the settings
 _MAGNITUDE_MEMORY = 0.99
 
@@ -50,7 +48,7 @@ class RowQuantizer(RowValues):
         self._tables = tuple(engine.feature_tables)
         self.dims = tuple(table.dim for table in engine.tables)
         n_groups, n_tables = groups.table.numel(), len(engine.tables)
-        self.bits = torch.full((n_groups,), SEARCHING, dtype=torch.uint8)
+        self.bits = torch.full((n_groups,), SEARCHED, dtype=torch.uint8)
         self.magnitude = torch.tensor([_mean_magnitude(engine, t) for t in range(n_tables)])
         self.log_steps = torch.zeros(n_tables, _ALL_WIDTHS)
         self.offset = torch.zeros(n_tables, max(self.dims))
@@ -70,7 +68,7 @@ class RowQuantizer(RowValues):
     @property
     def searching(self) -> bool:
         """Whether widths are still to be chosen."""
-        return bool((self.bits == SEARCHING).any())
+        return bool((self.bits == SEARCHED).any())
 
     def start_steps(self) -> None:
         """Set the steps to suit the magnitude of the rows."""

@@ -127,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     numpy = [NumpySGD(weight.numpy(), lr=LR, half_life=half_life) for weight in starting_weights()]
-    counter = CounterSettings(encoding="exact", half_life=half_life)
+    counter = CounterSettings(encoding="exact", counted="presence", half_life=half_life)
     callback = FrequencyAwareLR(backend="fbgemm", counter=counter)
     bags: Any = use(callback, sharded(FIRST))
     train(bags, numpy, 0, 20)

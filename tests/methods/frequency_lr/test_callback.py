@@ -116,7 +116,7 @@ def test_tables_that_are_not_selected_train_as_before() -> None:
 
 
 def test_known_frequencies_come_from_the_data_module() -> None:
-    callback = FrequencyAwareLR(form="known", counter=CounterSettings(encoding="exact"))
+    callback = FrequencyAwareLR(form="known", counter=CounterSettings(encoding="exact", counted="presence"))
     trainer = fit(model(), callback, max_epochs=2)
     assert isinstance(callback.rates, FrequencyRates)
     steps, source = trainer.num_training_batches, data()
@@ -271,7 +271,10 @@ def test_fbgemm_takes_whole_collections() -> None:
         ({"log_every_n_steps": -1}, "log_every_n_steps must not be negative"),
         ({"backend": "fbgemm", "form": "known"}, "form='known' has no counterpart in FBGEMM's"),
         ({"backend": "fbgemm", "max_rate": 1.0}, "max_rate=1.0 has no counterpart"),
-        ({"backend": "fbgemm", "counter": CounterSettings(half_life=3.0)}, "counter.encoding='log' has no counterpart"),
+        (
+            {"backend": "fbgemm", "counter": CounterSettings(counted="presence")},
+            "counter.encoding='log' has no counterpart",
+        ),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -306,7 +309,7 @@ def test_counters_are_shared() -> None:
     assert counters is not None and counters.step == 1 and list(engine.attached) == ["counter"]
     assert share_counters(engine, [0], CounterSettings(), "another method") is counters
     with pytest.raises(CounterConflictError, match=r"another method and FrequencyAwareLR\[t_feature_0\] count"):
-        share_counters(engine, [0], CounterSettings(counted="occurrence"), "another method")
+        share_counters(engine, [0], CounterSettings(counted="presence"), "another method")
 
 
 def test_known_and_running_counters_on_one_engine() -> None:
@@ -361,5 +364,5 @@ def test_a_scheduler_keeps_working() -> None:
 
 def test_a_checkpoint_of_other_counters_is_refused() -> None:
     saved = FrequencyAwareLR().state_dict()
-    with pytest.raises(SetupError, match="written with counted='presence'; this run has counted='occurrence'"):
-        FrequencyAwareLR(counter=CounterSettings(counted="occurrence")).load_state_dict(saved)
+    with pytest.raises(SetupError, match="written with counted='occurrence'; this run has counted='presence'"):
+        FrequencyAwareLR(counter=CounterSettings(counted="presence")).load_state_dict(saved)

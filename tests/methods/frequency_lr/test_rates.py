@@ -20,7 +20,7 @@ from .reference import NumpySGD
 
 ROWS, DIM, STEPS, LR = (50, 9), 8, 100, 0.3
 TABLES = tuple(LogicalTable(name=f"t{t}", rows=rows, dim=DIM, chunks=2) for t, rows in enumerate(ROWS))
-EXACT = CounterSettings(encoding="exact")
+EXACT = CounterSettings(encoding="exact", counted="presence")
 RULES: dict[str, dict[str, Any]] = {
     "running": {"form": "running"},
     "occurrence": {"form": "running", "counted": "occurrence"},
@@ -50,7 +50,7 @@ def add_rates(engine: RoutedEmbeddings, rule: dict[str, Any], encoding: str = "e
     rates = FrequencyRates(
         [RatedTable(engine, t, f"t{t}") for t in range(2)],
         form=rule["form"],
-        counter=CounterSettings(encoding=encoding, **settings),  # type: ignore[arg-type]
+        counter=CounterSettings(**{"encoding": encoding, "counted": "presence", **settings}),  # type: ignore[arg-type]
         max_rate=rule.get("max_rate"),
         owner="test",
     )
