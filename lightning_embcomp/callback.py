@@ -137,7 +137,7 @@ class CompressionCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the engines are still part of the module, and that the trainer's settings reach their tables."""
         if any(table.host.engine.options.optimizer is not None for table in self.owned):
-            _check_fused_settings(trainer, self.state_key)
+            check_fused_settings(trainer, self.state_key)
         present = {id(module) for module in pl_module.modules()}
         for table in self.owned:
             if id(table.host) not in present:
@@ -205,7 +205,7 @@ def _refuse_plain_evaluation(hosts: Sequence[HostView], stage: str, callback: Co
             )
 
 
-def _check_fused_settings(trainer: pl.Trainer, who: str) -> None:
+def check_fused_settings(trainer: pl.Trainer, who: str) -> None:
     """Refuse what an optimizer inside the backward pass cannot honour."""
     refused = {
         "gradient_clip_val": bool(trainer.gradient_clip_val),

@@ -161,9 +161,19 @@ def to_plain(routed: RoutedHost) -> nn.Module:
 
 @torch.no_grad()
 def write_table(engine: RoutedEmbeddings, table: int, weight: Tensor) -> None:
-    """Write a logical table into full-size weights ``(R, D)``."""
+    """Write a logical table into full-size weights ``(R, D)``, rounded if its rows are.
+
+    Raises:
+        ValueError: If the bits of its rows are still being searched.
+    """
+    precision = engine.precision(table)
+    if precision is None and engine.values is not None and engine.values.tensors(table):
+        raise ValueError(
+            f"the bits of table {engine.tables[table].name!r} are still being searched: end the search first"
+        )
     for start, stop in slabs(engine.tables[table].rows):
-        weight[start:stop] = engine.read_rows(table, start, stop)
+        rows = engine.read_rows(table, start, stop)
+        weight[start:stop] = rows if precision is None else precision.round(rows, start)
 
 
 def _logical(table: TableView, cuts: Mapping[str, tuple[int, ChunkLayout]]) -> LogicalTable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -31,8 +31,19 @@ class TableState:
         """
         return [tensor for t in range(tables) for tensor in self.tensors(t).values()]
 
+    def names(self, table: int, saved: Collection[str]) -> set[str]:
+        """Tensors that a checkpoint must hold of a table, given those that it holds."""
+        return set(self.tensors(table))
+
+    def misfit(self, table: int, saved: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with the tensors of a checkpoint, of which none is missing; None if they fit."""
+        for name, tensor in self.tensors(table).items():
+            if saved[name].shape != tensor.shape:
+                return f"{name} has shape {tuple(saved[name].shape)} instead of {tuple(tensor.shape)}"
+        return None
+
     def prepare(self, table: int, saved: Mapping[str, Tensor]) -> None:
-        """Make room for what a checkpoint holds, where sizes depend on the data; nothing to do by default."""
+        """Make room for tensors that fit, where sizes depend on the data; nothing to do by default."""
 
     def restored(self) -> None:
         """Called when the tensors were read from a checkpoint; nothing to do by default."""

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.precision import TablePrecision
+
 
 class RowPlan(Protocol):
     """New codes of all rows of an engine.
@@ -44,6 +46,40 @@ class FixedPlan:
     def codes(self, table: int, start: int, stop: int, current: Tensor) -> Tensor:
         """The table's code, repeated."""
         return torch.full((stop - start,), self._codes[table], dtype=torch.uint8, device=current.device)
+
+
+class SamePlan:
+    """Every row keeps its code."""
+
+    def begin(self) -> None:
+        """Nothing to reset."""
+
+    def codes(self, table: int, start: int, stop: int, current: Tensor) -> Tensor:
+        """The present codes."""
+        return current
+
+
+class WithoutZeroWidths:
+    """Another plan, but rows that are rounded to 0 bits store nothing.
+
+    Args:
+        plan: The other plan.
+        precision: How the rows of each table are rounded; None where they are not.
+    """
+
+    def __init__(self, plan: RowPlan, precision: Sequence[TablePrecision | None]) -> None:
+        self._plan, self._precision = plan, list(precision)
+
+    def begin(self) -> None:
+        """Start at the first row."""
+        self._plan.begin()
+
+    def codes(self, table: int, start: int, stop: int, current: Tensor) -> Tensor:
+        """The codes of the other plan, or 0."""
+        codes, precision = self._plan.codes(table, start, stop, current), self._precision[table]
+        if precision is None:
+            return codes
+        return torch.where(precision.bits_of(start, stop) == 0, 0, codes).to(torch.uint8)
 
 
 @dataclass

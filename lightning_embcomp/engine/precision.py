@@ -25,12 +25,12 @@ class TablePrecision:
     """The rounding of one logical table.
 
     Args:
-        bounds: First row of each group, and the number of rows, int64 ``(G + 1,)``. Rows count by rank where ``rank``
-            is given, else by their id.
+        bounds: First row of each group, and the number of rows, int64 ``(G + 1,)``. Rows count by falling
+            frequency where ``group`` is given, else by their id.
         bits: Width of each group: 0 to 8, or 32 for groups that are not rounded; uint8 ``(G,)``.
         steps: Step of every width from 1 to 8 in use; each a number of float16.
         offset: Added to every rounded column, float32 ``(D,)``.
-        group: Group of each row where ids are not numbered by frequency, uint8 ``(R,)``; None if ``bounds`` are ids.
+        group: Group of each row where ids are not numbered by frequency, integers ``(R,)``; None if ``bounds`` are ids.
 
     Raises:
         ValueError: If the parts do not fit together.

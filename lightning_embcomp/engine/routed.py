@@ -17,7 +17,7 @@ from lightning_embcomp.engine.layout import ClassMap, LogicalTable
 from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup, ScaleRowGradients
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.optimizer_state import UnmovableStateError, attach, detach
-from lightning_embcomp.engine.plan import MoveSummary, RowPlan
+from lightning_embcomp.engine.plan import MoveSummary, RowPlan, WithoutZeroWidths
 from lightning_embcomp.engine.precision import TablePrecision
 from lightning_embcomp.engine.rates import RowCounting
 from lightning_embcomp.engine.relocation import relocate
@@ -261,6 +261,8 @@ class RoutedEmbeddings(nn.Module):
     def move(self, plan: RowPlan, optimizers: Sequence[torch.optim.Optimizer] = ()) -> MoveSummary:
         """Bring every row to the code that the plan gives it; columns new to a row start at zero.
 
+        Rows that are rounded to 0 bits store nothing, whatever the plan says.
+
         Weights, fused optimizer state and the state of the user's optimizers follow their rows. Rows stream through in
         order: beside the old and the new live bytes, of which the dead part is released on the way, only slabs exist.
 
@@ -272,6 +274,8 @@ class RoutedEmbeddings(nn.Module):
             How many rows changed.
         """
         self.check_intact()
+        if self.values is not None:
+            plan = WithoutZeroWidths(plan, [self.precision(t) for t in range(len(self.tables))])
         self.moves += 1
         with interrupts_held():
             try:
@@ -387,10 +391,14 @@ class RoutedEmbeddings(nn.Module):
             optimizers: The user's optimizers, which hold state of rows that are not fused.
         """
         trained = [rows for rows in self.classes if isinstance(rows, TrainedRows)]
+        if table is None:  # counts of steps start anew as well
+            for optimizer in optimizers:
+                for rows in trained:
+                    optimizer.state.pop(rows.parameter, None)
         attach(trained, optimizers)
-        for c, rows in enumerate(self.classes):
-            first, last = (0, rows.rows) if table is None else self.class_span(table, c)
-            for name, storage in rows.storages().items():
+        for c, row_class in enumerate(self.classes):
+            first, last = (0, row_class.rows) if table is None else self.class_span(table, c)
+            for name, storage in row_class.storages().items():
                 if name != WEIGHT:
                     storage.tensor[first:last].zero_()
         detach(trained, optimizers)

@@ -94,8 +94,7 @@ def load(
     if source.get(prefix + _LOADED_KEY) is _LOADED:
         return False
     present = {key for key in source if key.startswith(prefix)}
-    _prepare(engine, source, prefix, present)
-    expected = set(_keys(engine, prefix))
+    expected = set(_keys(engine, prefix, present))
     if not present & expected:
         missing_keys.append(prefix + "tables")
         unexpected_keys.extend(sorted(present))
@@ -111,6 +110,9 @@ def load(
     if wrong:
         return False
 
+    for t, table in enumerate(engine.tables):
+        for name, table_state in engine.attached.items():
+            table_state.prepare(t, _saved_of(source, f"{prefix}tables.{table.name}.{name}."))
     engine.move(ReadPlan(lambda t, start, stop: _read_codes(engine.tables[t], source, prefix, start, stop)))
     for t, table in enumerate(engine.tables):
         key = f"{prefix}tables.{table.name}."
@@ -137,14 +139,17 @@ def load(
     return True
 
 
-def _keys(engine: RoutedEmbeddings, prefix: str) -> list[str]:
+def _keys(engine: RoutedEmbeddings, prefix: str, present: set[str]) -> list[str]:
     keys = [prefix + "steps"] + ([prefix + "rate"] if engine.options.optimizer is not None else [])
     for t, table in enumerate(engine.tables):
         key = f"{prefix}tables.{table.name}."
         keys += [key + "shape", key + "codes"]
         if engine.utility is not None:
             keys += [key + "utility", key + "gain"]
-        keys += [key for key, _ in _attached(engine, t, prefix)]
+        for attached, table_state in engine.attached.items():
+            first = f"{key}{attached}."
+            saved = {name[len(first) :] for name in present if name.startswith(first)}
+            keys += [first + name for name in table_state.names(t, saved)]
         for code in range(1, table.codes):
             storages = engine.classes[engine.class_map.class_of_code[t][code]].storages()
             keys += [f"{key}rows.{code}.{name}" for name in storages]
@@ -201,7 +206,10 @@ def _damage(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str) -> It
         if engine.utility is not None:
             sizes[key + "utility"] = tuple(engine.utility.of_table(t).shape)
             sizes[key + "gain"] = (2,)
-        sizes |= {key: tuple(tensor.shape) for key, tensor in _attached(engine, t, prefix)}
+        for attached, table_state in engine.attached.items():
+            message = table_state.misfit(t, _saved_of(source, f"{key}{attached}."))
+            if message is not None:
+                yield f"{key}{attached}: {message}"
     for key, size in sizes.items():
         if tuple(source[key].shape) != size:
             yield f"{key} has shape {tuple(source[key].shape)} instead of {size}: the checkpoint is damaged"
@@ -214,12 +222,9 @@ def _attached(engine: RoutedEmbeddings, t: int, prefix: str) -> Iterator[tuple[s
             yield f"{prefix}tables.{engine.tables[t].name}.{name}.{tensor_name}", tensor
 
 
-def _prepare(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str, present: set[str]) -> None:
-    """Let what methods attached make room for what was saved."""
-    for t, table in enumerate(engine.tables):
-        for name, table_state in engine.attached.items():
-            key = f"{prefix}tables.{table.name}.{name}."
-            table_state.prepare(t, {found[len(key) :]: source[found] for found in present if found.startswith(key)})
+def _saved_of(source: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Tensors under a prefix, by the rest of their names."""
+    return {key[len(prefix) :]: value for key, value in source.items() if key.startswith(prefix)}
 
 
 def _planes(engine: RoutedEmbeddings, t: int) -> Tensor:

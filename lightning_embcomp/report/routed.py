@@ -21,6 +21,7 @@ from lightning_embcomp.report.popularity import BitsByRank
 
 _ENGINE = "engine"
 _WORD_BYTES = 8
+_RANGE_BYTES = 2  # per 64 rows, for the group of rounded rows in training; not saved
 
 
 class DamagedTableError(ValueError):
@@ -146,7 +147,9 @@ def _report_table(host: str, table: SavedTable, trained: Sequence[StateSize]) ->
 
 def _statistics(table: SavedTable) -> int:
     held = [*table.attached.values()] + ([] if table.utility is None else [table.utility])
-    return sum(t.numel() * t.element_size() for t in held) + (0 if table.utility is None else GAIN_BYTES)
+    size = sum(t.numel() * t.element_size() for t in held) + (0 if table.utility is None else GAIN_BYTES)
+    by_range = "precision.bits" in table.attached and "precision.group" not in table.attached
+    return size + (_RANGE_BYTES * -(-table.logical.rows // BLOCK) if by_range else 0)
 
 
 def _bits(table: SavedTable) -> BitsByRank | None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_embcomp.callback import CompressionCallback, SetupError, _check_fused_settings
+from lightning_embcomp.callback import CompressionCallback, SetupError, check_fused_settings
 from lightning_embcomp.composition import Property
 from lightning_embcomp.engine.counters import CounterSettings
 from lightning_embcomp.engine.row_class import FusedRows, TrainedRows
@@ -147,7 +147,7 @@ class FrequencyAwareLR(CompressionCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizers that train the rows from outside."""
         if self.sharded is not None:
-            _check_fused_settings(trainer, self.state_key)
+            check_fused_settings(trainer, self.state_key)
             return
         super().on_fit_start(trainer, pl_module)
         for owned in self.owned:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.callback import CompressionCallback, OwnedTable, SetupError, steps_done
+from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.plan import SamePlan
 from lightning_embcomp.methods.mpe.config import (
     PrecisionSearch,
     RowQuantization,
@@ -19,7 +21,6 @@ from lightning_embcomp.methods.mpe.config import (
 from lightning_embcomp.methods.mpe.functional import is_falling
 from lightning_embcomp.methods.mpe.groups import RowGroups
 from lightning_embcomp.methods.mpe.module import RowQuantizer
-from lightning_embcomp.methods.mpe.plan import ZeroWidthPlan
 from lightning_embcomp.methods.mpe.training import QuantizerTraining
 from lightning_embcomp.surgery import reinitialise
 
@@ -77,13 +78,14 @@ class MixedPrecisionSearch(CompressionCallback):
             raise ValueError("MixedPrecisionSearch: penalty works with search.method='softmax' only; give ratio")
         if bits is not None and search is not None:
             raise ValueError("MixedPrecisionSearch: search has no effect with bits, where every row has one width")
-        self.ratio = None if ratio is None else check_ratio(ratio)
+        self.ratio = None if ratio is None else check_ratio(ratio, self.search.widths)
         self.penalty = penalty
         self.bits = None if bits is None else check_bits(bits)
         self.quantization = quantization or RowQuantization()
         self.training: QuantizerTraining | None = None
         self._saved: dict[str, Any] | None = None
         self._data: Any = None
+        self._fitting = False
         self._last_step = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +95,8 @@ class MixedPrecisionSearch(CompressionCallback):
         """Round the tables; a search needs to know how often their ids occur."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MixedPrecisionSearch):
-                callback._data = getattr(trainer, "datamodule", None) if stage == "fit" else None
+                callback._data = getattr(trainer, "datamodule", None)
+                callback._fitting = stage == "fit"
         super().setup(trainer, pl_module, stage)
 
     def on_tables_ready(self, fresh: bool) -> None:
@@ -126,6 +129,11 @@ class MixedPrecisionSearch(CompressionCallback):
                     f"{self.state_key}: table {tables[0].name!r} is rounded with widths {found.widths.tolist()}, but"
                     f" {list(widths)} are asked for: use the settings of the first run, or start from a plain module"
                 )
+            if found.purpose != self._purpose:
+                raise SetupError(
+                    f"{self.state_key}: table {tables[0].name!r} is rounded for {found.purpose}, but {self._purpose} is"
+                    " asked for: use the settings of the first run, or start from a plain module"
+                )
             return found
         if self.quantization.offset and any(engine.tables[t].chunks > 1 for t in indices):
             raise SetupError(
@@ -147,6 +155,7 @@ class MixedPrecisionSearch(CompressionCallback):
             offset=self.quantization.offset,
             temperature=self.search.temperature if self.search.method == "softmax" else None,
         )
+        quantizer.purpose = self._purpose
         for t, of_rows in counts.items():
             quantizer.counts[quantizer.groups.of_table(t)] = quantizer.groups.sum_rows(t, of_rows.double())
         if self.bits is not None:
@@ -156,10 +165,12 @@ class MixedPrecisionSearch(CompressionCallback):
 
     def _row_counts(self, table: OwnedTable) -> Tensor | None:
         """Occurrences of the rows of a table in the training data, or None if ids are taken as ranks."""
-        if self.search.frequency == "rank" or self._data is None:
+        if self.search.frequency == "rank":
             return None
         configs = getattr(table.host, "_configs", None)
         features = configs[table.index].feature_names if configs else []
+        if not self._fitting and not (hasattr(self._data, "id_counts") and features):
+            return None  # a checkpoint brings its groups along
         if not hasattr(self._data, "id_counts") or not features:
             raise SetupError(
                 f"{self.state_key}: how often the ids of table {table.name!r} occur is not known: the data module needs"
@@ -176,7 +187,7 @@ class MixedPrecisionSearch(CompressionCallback):
         return counts
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Continue a saved run, and say so if there is no time to retrain."""
+        """Continue a saved run."""
         assert self.training is not None
         self._last_step = steps_done(trainer, pl_module)
         if self._saved is not None:
@@ -211,6 +222,11 @@ class MixedPrecisionSearch(CompressionCallback):
         if trainer.current_epoch >= self.search.epochs:
             self._end_search(trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the widths before the last checkpoint of a run that ends with its search is written."""
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1:
+            self.on_train_end(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the widths of a run that ends with its search; there is no retrain phase."""
         if self.training is not None and self.training.searching:
@@ -221,14 +237,36 @@ class MixedPrecisionSearch(CompressionCallback):
         assert self.training is not None
         self.training.settle(self.training.choose())
         self._drop_rows(trainer)
-        if self.search.reset:
-            for owned in self.owned:
-                reinitialise(owned.host, owned.index, trainer.optimizers)
+        if not self.search.reset:
+            return
+        for host in self._hosts:
+            owned = [table.index for table in self.owned if table.host is host]
+            for t in owned:
+                reinitialise(host, t, trainer.optimizers)
+            if len(owned) == len(host.engine.tables):
+                host.engine.clear_row_state(None, trainer.optimizers)
+
+    @property
+    def _hosts(self) -> list[RoutedHost]:
+        return list({id(owned.host): owned.host for owned in self.owned}.values())
 
     def _drop_rows(self, trainer: pl.Trainer) -> None:
         """Free the rows that need no bits."""
-        for engine in {id(owned.host): owned.host.engine for owned in self.owned}.values():
-            engine.move(ZeroWidthPlan(engine), trainer.optimizers)
+        for host in self._hosts:
+            host.engine.move(SamePlan(), trainer.optimizers)
+
+    @property
+    def searches(self) -> bool:
+        """Whether a fit starts with a search phase."""
+        return self.bits is None
+
+    @property
+    def _purpose(self) -> str:
+        """What the settings of a quantizer were made for."""
+        what = {"bits": self.bits, "ratio": self.ratio, "penalty": self.penalty}
+        given = " and ".join(f"{name}={value:g}" for name, value in what.items() if value is not None)
+        searched = f", search.method={self.search.method!r}" if self.searches else ""
+        return f"{given}{searched}, quantization.offset={self.quantization.offset}"
 
     @property
     def _group(self) -> str:
@@ -236,8 +274,18 @@ class MixedPrecisionSearch(CompressionCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer of steps and logits; the settings themselves are saved with the tables."""
-        return {} if self.training is None else self.training.state_dict()
+        return {} if self.training is None else {**self.training.state_dict(), "purpose": self._purpose}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the saved state until the tables are restored."""
+        """Keep the saved state until the tables are restored.
+
+        Raises:
+            SetupError: If the checkpoint was written with settings that mean something else.
+        """
+        saved = state_dict.get("purpose", self._purpose)
+        if saved != self._purpose:
+            raise SetupError(
+                f"{self.state_key}: the checkpoint was written with {saved}; this run has {self._purpose}. Use the"
+                " saved settings"
+            )
         self._saved = state_dict or None

@@ -8,6 +8,8 @@ from typing import Literal
 
 from lightning_embcomp.engine.precision import FULL_WIDTH, MAX_WIDTH
 
+MAX_GROUPS = 30_000
+"""Groups are numbered by int16, and tables have a few more than their share."""
 SearchMethod = Literal["sensitivity", "softmax"]
 FrequencySource = Literal["data", "rank"]
 
@@ -50,8 +52,8 @@ class PrecisionSearch:
             raise ValueError(f"steps must be at least 1, or None to count epochs, not {self.steps}")
         if self.method not in ("sensitivity", "softmax"):
             raise ValueError(f"method must be 'sensitivity' or 'softmax', not {self.method!r}")
-        if self.groups < 1:
-            raise ValueError(f"groups must be at least 1, not {self.groups}")
+        if not 1 <= self.groups <= MAX_GROUPS:
+            raise ValueError(f"groups must be from 1 to {MAX_GROUPS}, not {self.groups}")
         if self.frequency not in ("data", "rank"):
             raise ValueError(f"frequency must be 'data' or 'rank', not {self.frequency!r}")
         for name in ("temperature", "learning_rate"):
@@ -107,12 +109,17 @@ def check_bits(bits: int) -> int:
     return bits
 
 
-def check_ratio(ratio: float) -> float:
-    """Return a target ratio if it is above 1.
+def check_ratio(ratio: float, widths: Sequence[int]) -> float:
+    """Return a target ratio if it is above 1 and within reach.
 
     Raises:
         ValueError: Otherwise.
     """
     if not ratio > 1:
         raise ValueError(f"ratio is the size of the float32 tables over that of the rounded ones, above 1, not {ratio}")
+    if widths[0] * ratio > FULL_WIDTH:
+        raise ValueError(
+            f"ratio {ratio:g} cannot be reached with widths {list(widths)}: {widths[0]} bits are"
+            f" {FULL_WIDTH / widths[0]:g} times smaller than float32. Add a smaller width, or lower the ratio"
+        )
     return ratio

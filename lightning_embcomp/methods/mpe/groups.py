@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_embcomp.methods.mpe.functional import GRANULE, group_bounds
 
 _SHIFT = GRANULE.bit_length() - 1
+_MOST_GROUPS = 2**15  # of a table, numbered by int16
 _NO_LOOKUP = 63  # shifts every id to 0
 
 
@@ -40,6 +41,8 @@ class RowGroups:
                 self._append(torch.tensor([-1]), _NO_LOOKUP)
                 continue
             bounds = torch.tensor([0, n] if sizes[t] >= n else group_bounds(n, sizes[t]))
+            if bounds.numel() > _MOST_GROUPS:
+                raise ValueError(f"table {t} would have {bounds.numel() - 1} groups; {_MOST_GROUPS - 1} are the most")
             self.bounds[t], self.first[t] = bounds, len(table_of)
             table_of += [t] * (bounds.numel() - 1)
             if t in counts:

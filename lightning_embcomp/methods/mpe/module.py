@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_embcomp.methods.mpe.groups import RowGroups
 
 _ALL_WIDTHS = MAX_WIDTH + 1  # steps are kept by width, so that a table can be read without the settings
 _MAGNITUDE_MEMORY = 0.99
+_SEARCH = ("logits", "error", "counts")  # held while widths are searched
 
 
 class RowQuantizer(RowValues):
@@ -43,6 +44,7 @@ class RowQuantizer(RowValues):
     ) -> None:
         self.groups = groups
         self.temperature = temperature
+        self.purpose: object = None
         self.widths = torch.tensor(list(widths))
         self.trains_offset = offset
         self._tables = tuple(engine.feature_tables)
@@ -181,7 +183,7 @@ class RowQuantizer(RowValues):
         if per_row is not None:
             found["group"] = per_row
         if self.error.numel():
-            found |= {name: getattr(self, name)[mine] for name in ("logits", "error", "counts")}
+            found |= {name: getattr(self, name)[mine] for name in _SEARCH}
         return found
 
     def table_bytes(self, table: int) -> int:
@@ -196,9 +198,43 @@ class RowQuantizer(RowValues):
         """See :meth:`lightning_embcomp.engine.attached.TableState.held`."""
         return [*super().held(tables), self.groups.lookup]
 
+    def names(self, table: int, saved: Collection[str]) -> set[str]:
+        """See :meth:`lightning_embcomp.engine.attached.TableState.names`."""
+        if table not in self.groups.bounds:
+            return set()
+        always = {"bounds", "bits", "steps", "log_steps", "offset", "magnitude"}
+        return always | ({"group"} & set(saved)) | (set(_SEARCH) if "error" in saved else set())
+
+    def misfit(self, table: int, saved: Mapping[str, Tensor]) -> str | None:
+        """See :meth:`lightning_embcomp.engine.attached.TableState.misfit`."""
+        if table not in self.groups.bounds:
+            return None
+        bounds, widths = self.groups.bounds[table], self.widths.tolist()
+        if not torch.equal(saved["bounds"], bounds):
+            return (
+                f"the rows were cut into {saved['bounds'].numel() - 1} groups, now into {bounds.numel() - 1} or others:"
+                " use the saved search.groups and tables"
+            )
+        unknown = set(saved["bits"].tolist()) - {*widths, SEARCHED}
+        if unknown:
+            return f"rows have {sorted(unknown)} bits, which are not among the widths {widths}: use the saved settings"
+        n, rows = bounds.numel() - 1, int(bounds[-1])
+        sizes: dict[str, tuple[int, ...]] = {
+            "bounds": (n + 1,),
+            "bits": (n,),
+            "steps": (_ALL_WIDTHS,),
+            "log_steps": (_ALL_WIDTHS,),
+            "offset": (self.dims[table],),
+        }
+        sizes |= {"magnitude": (1,), "group": (rows,), "logits": (n, len(widths)), "error": (n, len(widths))}
+        for name, tensor in saved.items():
+            if tuple(tensor.shape) != sizes.get(name, (n,)):
+                return f"{name} has shape {tuple(tensor.shape)} instead of {sizes.get(name, (n,))}"
+        return None
+
     def prepare(self, table: int, saved: Mapping[str, Tensor]) -> None:
         """See :meth:`lightning_embcomp.engine.attached.TableState.prepare`."""
-        if table not in self.groups.bounds or "bounds" not in saved:
+        if table not in self.groups.bounds:
             return
         self.groups.set_per_row(table, "group" in saved)
         if ("error" in saved) != bool(self.error.numel()):

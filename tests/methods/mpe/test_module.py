@@ -10,12 +10,11 @@ from torch.nn.functional import embedding_bag
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.memory import engine_bytes, table_memory
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
-from lightning_embcomp.engine.plan import FixedPlan
+from lightning_embcomp.engine.plan import FixedPlan, SamePlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.mpe.config import PrecisionSearch, RowQuantization
 from lightning_embcomp.methods.mpe.groups import RowGroups
 from lightning_embcomp.methods.mpe.module import RowQuantizer
-from lightning_embcomp.methods.mpe.plan import ZeroWidthPlan
 from lightning_embcomp.methods.mpe.training import QuantizerTraining
 
 ROWS, DIMS = (200, 90, 130), (8, 8, 4)
@@ -175,7 +174,7 @@ def test_rows_of_width_zero_are_freed() -> None:
     bits = torch.full((quantizer.bits.numel(),), 4, dtype=torch.uint8)
     bits[quantizer.groups.of_table(0)] = torch.tensor([4, 0, 0, 0], dtype=torch.uint8)
     quantizer.fix(bits)
-    engine.move(ZeroWidthPlan(engine))
+    engine.move(SamePlan())
     freed = (200 - 64) * 8 * 4
     assert table_memory(engine, 0).weights == 64 * 8 * 4
     searched = 3 * 8 * len(WIDTHS) // len(WIDTHS)  # what the search held goes as well
