@@ -28,7 +28,8 @@ Encoding = Literal["exact", "log"]
 Counted = Literal["presence", "occurrence"]
 
 MAX_LOG_HALF_LIFE = 50_000
-"""Counts with a half-life h level off at 1.44 h lookups; log counters need room above that between two sweeps."""
+"""Counts with a half-life h level off at 1.44 h times the occurrences per step; log counters need room above that, for
+some thousand occurrences per step, between two sweeps."""
 _SWEEP_AFTER = {torch.float32: 32.0, torch.uint8: 2.0}  # half-lives between sweeps, far from the largest number
 _SWEEP_SEED = 1 << 62  # keeps the random bits of a sweep apart from those of a step
 _CLOCK = "clock"

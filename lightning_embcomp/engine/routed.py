@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_embcomp.engine import state
 from lightning_embcomp.engine.attached import RowValues, TableState
 from lightning_embcomp.engine.bags import pool_rows
+from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.interrupts import interrupts_held
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable
 from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup, ScaleRowGradients
@@ -137,7 +138,7 @@ class RoutedEmbeddings(nn.Module):
         layout = self._pooled_layout((offsets.numel() - 1) // features)
         if self.values is None:
             return self._lookup(indices, offsets, per_sample_weights, layout)
-        _check_extent(indices, offsets, per_sample_weights)
+        check_extent(indices, offsets, per_sample_weights)
         ids_per_feature = offsets[layout.bag_start].diff().tolist()
         rows = self._lookup_values(indices, ids_per_feature, bags=layout.shape[0])
         return pool_rows(rows, offsets, per_sample_weights, layout)
@@ -173,7 +174,7 @@ class RoutedEmbeddings(nn.Module):
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
-        _check_extent(indices, offsets, weights)
+        check_extent(indices, offsets, weights)
         self.check_intact()
         training = torch.is_grad_enabled()
         observer = self.utility if training and self.training else None
@@ -468,18 +469,3 @@ class RoutedEmbeddings(nn.Module):
         """Tables and optimizer."""
         optimizer = self.options.optimizer.kind if self.options.optimizer else "configure_optimizers"
         return ", ".join([*(f"{t.name}: {t.rows}×{t.dim}/{t.chunks}" for t in self.tables), f"optimizer={optimizer}"])
-
-
-def _check_extent(indices: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
-    first, last = int(offsets[0]), int(offsets[-1])
-    if (first, last) != (0, indices.numel()):
-        raise ValueError(
-            f"offsets go from {first} to {last}, but must go from 0 to the {indices.numel()} ids of the batch"
-        )
-    if bool((offsets[1:] < offsets[:-1]).any()):
-        bag = int((offsets[1:] < offsets[:-1]).nonzero()[0])
-        raise ValueError(f"offsets must not fall: bag {bag} goes from {int(offsets[bag])} to {int(offsets[bag + 1])}")
-    if weights is not None and weights.shape != indices.shape:
-        raise ValueError(
-            f"per_sample_weights of shape {tuple(weights.shape)} do not match ids of shape {tuple(indices.shape)}"
-        )

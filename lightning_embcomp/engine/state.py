@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine import planes
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.plan import ReadPlan
-from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.engine.router import BLOCK, slabs
 from lightning_embcomp.engine.row_class import FusedRows
 
 if TYPE_CHECKING:
@@ -186,10 +187,10 @@ def _damage(engine: RoutedEmbeddings, source: dict[str, Any], prefix: str) -> It
         sizes[prefix + "rate"] = (1,)
     for t, table in enumerate(engine.tables):
         key = f"{prefix}tables.{table.name}."
-        planes = source[key + "codes"]
-        wanted = (-(-table.rows // 64), int(engine.router.tensors.planes[t]))
-        if tuple(planes.shape) != wanted or planes.dtype != torch.int64:
-            found = f"{planes.dtype} {tuple(planes.shape)}"
+        words = source[key + "codes"]
+        wanted = (-(-table.rows // BLOCK), int(engine.router.tensors.planes[t]))
+        if tuple(words.shape) != wanted or words.dtype != torch.int64:
+            found = f"{words.dtype} {tuple(words.shape)}"
             yield f"{key}codes is {found} instead of torch.int64 {wanted}: the checkpoint is damaged"
             continue
         counts = torch.zeros(256, dtype=torch.int64)
@@ -229,15 +230,11 @@ def _saved_of(source: dict[str, Any], prefix: str) -> dict[str, Tensor]:
 
 def _planes(engine: RoutedEmbeddings, t: int) -> Tensor:
     router = engine.router.tensors
-    planes, stride, first = int(router.planes[t]), int(router.stride[t]), int(router.start[t])
-    blocks = -(-engine.tables[t].rows // 64)
-    return router.words[first : first + blocks * stride].view(blocks, stride)[:, :planes].clone()
+    width, stride, first = int(router.planes[t]), int(router.stride[t]), int(router.start[t])
+    blocks = -(-engine.tables[t].rows // BLOCK)
+    return router.words[first : first + blocks * stride].view(blocks, stride)[:, :width].clone()
 
 
 def _read_codes(table: LogicalTable, source: dict[str, Any], prefix: str, start: int, stop: int) -> Tensor:
-    planes: Tensor = source[f"{prefix}tables.{table.name}.codes"][start // 64 : -(-stop // 64)]
-    bits = torch.arange(64)
-    codes = torch.zeros(planes.shape[0], 64, dtype=torch.uint8)
-    for plane in range(planes.shape[1]):
-        codes |= ((planes[:, plane : plane + 1] >> bits) & 1).to(torch.uint8) << plane
-    return codes.flatten()[: stop - start]
+    words: Tensor = source[f"{prefix}tables.{table.name}.codes"][start // BLOCK : -(-stop // BLOCK)]
+    return planes.decode(words, stop - start)

@@ -20,7 +20,7 @@ from lightning_embcomp import (
 from lightning_embcomp.engine.memory import table_memory
 from lightning_embcomp.engine.precision import SEARCHED
 from lightning_embcomp.methods.mpe.module import RowQuantizer
-from lightning_embcomp.methods.mpe.training import BudgetError
+from lightning_embcomp.surgery import replace, to_plain
 
 from .cases import OFTEN, ROWS, assert_equal_states, data, fit, hosts, logits, model, state_of, trainer
 
@@ -164,20 +164,6 @@ class Uncounted(pl.LightningDataModule):
         return self.source.train_dataloader()
 
 
-@pytest.mark.parametrize(
-    ("callback", "message"),
-    [
-        (
-            lambda: MixedPrecisionSearch(ratio=500, search=PrecisionSearch(steps=2, widths=(2, 8))),
-            "ratio 500 cannot be",
-        ),
-    ],
-)
-def test_ratio_out_of_reach(callback: Any, message: str) -> None:
-    with pytest.raises(BudgetError, match=message):
-        fit(model(), callback())
-
-
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_unknown_frequencies() -> None:
     source = Uncounted()
@@ -203,6 +189,7 @@ def test_wrong_number_of_counts() -> None:
         ({}, "one of ratio .* penalty .* and bits"),
         ({"ratio": 4.0, "bits": 8}, "one of ratio"),
         ({"ratio": 0.5}, "above 1, not 0.5"),
+        ({"ratio": 500, "search": PrecisionSearch(widths=(2, 8))}, "ratio 500 cannot be reached with widths"),
         ({"bits": 12}, "from 1 to 8, or 32, not 12"),
         ({"penalty": 1.0}, "penalty works with search.method='softmax'"),
         ({"bits": 8, "search": SEARCH}, "search has no effect with bits"),
@@ -264,3 +251,66 @@ def test_the_state_says_that_a_search_goes_on(tmp_path: Path) -> None:
     # The run ended within its search, so that widths were chosen at its end.
     assert len(bits) == 3 and all(SEARCHED not in value.tolist() for value in bits)
     fit(module, MixedPrecisionSearch(ratio=25, search=SEARCH))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    fit(model(), MixedPrecisionSearch(bits=4)).save_checkpoint(tmp_path / "four.ckpt")
+    with pytest.raises(RuntimeError, match=r"rows have \[4\] bits, which are not among the widths \[8\]"):
+        trainer(MixedPrecisionSearch(bits=8)).validate(model(), datamodule=data(), ckpt_path=tmp_path / "four.ckpt")
+    fit(model(), MixedPrecisionSearch(ratio=25, search=SEARCH)).save_checkpoint(tmp_path / "searched.ckpt")
+    coarse = PrecisionSearch(steps=10, groups=2)
+    with pytest.raises(RuntimeError, match="rows were cut into .* groups, now into .* use the saved search.groups"):
+        trainer(MixedPrecisionSearch(ratio=25, search=coarse)).fit(
+            model(), datamodule=data(), ckpt_path=tmp_path / "searched.ckpt"
+        )
+    with pytest.raises(SetupError, match="written with ratio=25.*; this run has ratio=12"):
+        trainer(MixedPrecisionSearch(ratio=12, search=SEARCH)).fit(
+            model(), datamodule=data(), ckpt_path=tmp_path / "searched.ckpt"
+        )
+
+
+def test_second_run_with_another_ratio_is_refused() -> None:
+    module = model()
+    fit(module, MixedPrecisionSearch(ratio=25, search=SEARCH))
+    with pytest.raises(SetupError, match="is rounded for ratio=25.*, but ratio=100"):
+        fit(module, MixedPrecisionSearch(ratio=100, search=SEARCH))
+
+
+def test_pruning_does_not_bring_rows_without_bits_back() -> None:
+    module = model()
+    pruning = DimensionPruning(target=0.3, schedule=OFTEN)
+    fit(module, pruning, MixedPrecisionSearch(ratio=60, search=SEARCH), max_epochs=2)
+    engine = hosts(module)[0].engine
+    precision = engine.precision(2)
+    assert precision is not None
+    without = precision.bits_of(0, ROWS[2]) == 0
+    assert without.sum() > 2000
+    assert not engine.router.read(2, 0, ROWS[2])[0][without].any()
+
+
+def test_plain_tables_are_what_evaluation_saw() -> None:
+    module = model()
+    fit(module, MixedPrecisionSearch(ratio=25, search=SEARCH))
+    found = logits(module)
+    path = next(path for path, part in module.named_modules() if part is hosts(module)[0])
+    replace(module, path, to_plain(hosts(module)[0]))
+    assert torch.equal(logits(module), found)
+
+
+def test_the_last_checkpoint_of_a_run_without_retrain_holds_chosen_bits(tmp_path: Path) -> None:
+    saver = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
+    search = PrecisionSearch(groups=16)
+    fit(model(), MixedPrecisionSearch(ratio=25, search=search), saver, enable_checkpointing=True)
+    state: dict[str, Tensor] = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    bits = [value for key, value in state.items() if key.endswith("precision.bits")]
+    assert len(bits) == 3 and all(SEARCHED not in value.tolist() for value in bits)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_fit_without_counts_is_refused() -> None:
+    module = model(built=True)
+    source = data()
+    source.setup("fit")
+    runner = trainer(MixedPrecisionSearch(ratio=25, search=SEARCH))
+    with pytest.raises(SetupError, match="occur is not known"):
+        runner.fit(module, source.train_dataloader())
