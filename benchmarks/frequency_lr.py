@@ -38,7 +38,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.datasets import CACHE, DATASETS
 from benchmarks.machine import describe
-from benchmarks.quality import DIM, MODEL, RESULTS, BestEpoch, embedding_bytes, normalized_entropy, paired_bootstrap
+from benchmarks.quality import (
+    DIM,
+    MODEL,
+    RESULTS,
+    BestEpoch,
+    embedding_bytes,
+    normalized_entropy,
+    paired_bootstrap,
+    quiet_trainer,
+)
 from benchmarks.speed import look_up, zipf_ids
 from lightning_embcomp import CounterSettings, FrequencyAwareLR
 from lightning_embcomp.data import ClickLogDataModule
@@ -145,17 +154,7 @@ def run(args: argparse.Namespace) -> None:
         dense_lr=MODEL[args.dataset]["dense_lr"],
     )
     best = BestEpoch(args.patience)
-    trainer = pl.Trainer(
-        max_epochs=args.epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        val_check_interval=args.check,
-        callbacks=[*callbacks_for(args), best],
-    )
+    trainer = quiet_trainer([*callbacks_for(args), best], epochs=args.epochs, check=args.check)
     started = time.perf_counter()
     trainer.fit(model, data)
     ignored = ("command", "action", "force", "name")

@@ -31,7 +31,16 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.datasets import CACHE, DATASETS
 from benchmarks.machine import describe
-from benchmarks.quality import DIM, MODEL, RESULTS, BestEpoch, normalized_entropy, paired_bootstrap, predict
+from benchmarks.quality import (
+    DIM,
+    MODEL,
+    RESULTS,
+    BestEpoch,
+    normalized_entropy,
+    paired_bootstrap,
+    predict,
+    quiet_trainer,
+)
 from benchmarks.speed import ClickBatch, click_batches, click_model, interleaved, train
 from lightning_embcomp import MixedPrecisionSearch, PrecisionSearch, RowQuantization
 from lightning_embcomp.engine.plan import SamePlan
@@ -145,17 +154,8 @@ def run(args: argparse.Namespace) -> None:
     settings = {**MODEL[args.dataset], "embedding_lr": args.lr or RATES[args.dataset]}
     model = ClickModel(embedding_dim=DIM, over_layers=(256, 128), **settings)
     best = BestExport(args.patience, search)
-    trainer = pl.Trainer(
-        max_epochs=args.epochs + (args.search_epochs if args.method == "mpe" else 0),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        val_check_interval=args.check,
-        callbacks=[best] if search is None else [search, best],
-    )
+    epochs = args.epochs + (args.search_epochs if args.method == "mpe" else 0)
+    trainer = quiet_trainer([best] if search is None else [search, best], epochs=epochs, check=args.check)
     started = time.perf_counter()
     trainer.fit(model, DATASETS[args.dataset](args.seed))
     elapsed = time.perf_counter() - started

@@ -72,6 +72,27 @@ class BestEpoch(pl.Callback):
             trainer.should_stop = True
 
 
+def quiet_trainer(callbacks: list[pl.Callback], *, epochs: int, check: float) -> pl.Trainer:
+    """A trainer that trains and validates, and does nothing else.
+
+    Args:
+        callbacks: What is under test, and who keeps the results.
+        epochs: Epochs at most.
+        check: Epochs between validations.
+    """
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=check,
+        callbacks=callbacks,
+    )
+
+
 def predict(model: pl.LightningModule, data: pl.LightningDataModule) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and labels of the test rows."""
     data.setup("test")
@@ -166,17 +187,7 @@ def run(args: argparse.Namespace) -> None:
         settings["embedding_lr"] = args.embedding_lr
     model = ClickModel(embedding_dim=DIM, over_layers=(256, 128), **settings)
     best = BestEpoch(args.patience)
-    trainer = pl.Trainer(
-        max_epochs=args.epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        val_check_interval=args.check,
-        callbacks=[*callbacks_for(args), best],
-    )
+    trainer = quiet_trainer([*callbacks_for(args), best], epochs=args.epochs, check=args.check)
     started = time.perf_counter()
     trainer.fit(model, data)
     result = {

@@ -26,6 +26,8 @@ from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.tables import PLAIN_HOSTS, HostView, TableView, in_backward_optimizer
 
+_ROUTED_HOSTS = (RoutedEmbeddingBagCollection, RoutedEmbeddingCollection, RoutedEmbeddingBag, RoutedEmbedding)
+
 
 class UnsupportedTableError(ValueError):
     """A table uses a feature that the engine does not have."""
@@ -181,19 +183,41 @@ def _logical(table: TableView, cuts: Mapping[str, tuple[int, ChunkLayout]]) -> L
     return LogicalTable(name=table.key or PLAIN_TABLE, rows=table.rows, dim=table.dim, chunks=chunks, layout=layout)
 
 
+def what_a_stand_in_loses(module: nn.Module) -> str | None:
+    """Say what a module does beside looking rows up, so that another module in its place would not.
+
+    Args:
+        module: A module that holds tables, of one of the kinds that are known.
+
+    Returns:
+        The first such thing, to be put behind the name of the table; None if there is none.
+
+    Example:
+        >>> class Scaled(nn.Embedding):
+        ...     def forward(self, ids: Tensor) -> Tensor:
+        ...         return 2 * super().forward(ids)
+        >>> what_a_stand_in_loses(Scaled(3, 4)), what_a_stand_in_loses(nn.Embedding(3, 4))
+        ('is a Scaled with a forward of its own', None)
+    """
+    base = next((kind for kind in (*PLAIN_HOSTS, *_ROUTED_HOSTS) if isinstance(module, kind)), type(module))
+    if type(module).forward is not base.forward or "forward" in vars(module):
+        return f"is a {type(module).__name__} with a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    if is_parametrized(module):
+        return "has a parametrization"
+    return None
+
+
 def _check_supported(host: HostView) -> None:
     module = host.module
 
     def refuse(what: str, name: str = host.path) -> None:
         raise UnsupportedTableError(f"table {name!r} {what}: leave it out of the callback")
 
-    base = next(kind for kind in PLAIN_HOSTS if isinstance(module, kind))
-    if type(module).forward is not base.forward:
-        refuse(f"is a {type(module).__name__} with a forward of its own, which the engine would replace")
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        refuse("has hooks, which the engine would drop")
-    if is_parametrized(module):
-        refuse("has a parametrization, which the engine would drop")
+    lost = what_a_stand_in_loses(module)
+    if lost is not None:
+        refuse(f"{lost}, which the engine would drop")
     if not isinstance(module, FusedEmbeddingBagCollection | FusedEmbeddingCollection):
         for table in host.tables:
             if table.weight is not None and not table.weight.requires_grad:

@@ -11,7 +11,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,27 @@ import torch
 from torch import nn
 
 import lightning_embcomp
-from lightning_embcomp import DimensionPruning, Granularity, PruningSchedule, cli
+from lightning_embcomp import (
+    CounterSettings,
+    DimensionPruning,
+    FrequencyAwareLR,
+    Granularity,
+    MixedPrecisionSearch,
+    PrecisionSearch,
+    PruningSchedule,
+    RowQuantization,
+    cli,
+)
 from lightning_embcomp.engine.hosts import RoutedEmbeddingBag
 
 _ROOT = Path(__file__).resolve().parents[1]
-_CARD = "lightning_embcomp/methods/fiited/README.md"
-_PAGES = ("README.md", "benchmarks/README.md", _CARD)
+_METHODS = "lightning_embcomp/methods"
+_CARDS = tuple(sorted(str(card.relative_to(_ROOT)) for card in (_ROOT / _METHODS).glob("*/README.md")))
+_PAGES = ("README.md", "benchmarks/README.md", "lightning_embcomp/export/README.md", *_CARDS)
+_SETTINGS = {
+    "mpe": (MixedPrecisionSearch, PrecisionSearch, RowQuantization),
+    "frequency_lr": (FrequencyAwareLR, CounterSettings),
+}
 _PROGRAMS = ".venv/bin/"
 _ELSEWHERE = {"source .venv/bin/activate", "python3 -m venv .venv"}
 """Lines of bash that concern no file or command of the project."""
@@ -130,11 +144,12 @@ def test_trainer_commands_parse(run: Run, capsys: pytest.CaptureFixture[str]) ->
 
 def test_other_commands_exist(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [words[1:] for words in commands("embcomp") if words[1] not in cli.TRAINER_COMMANDS]
-    assert {words[0] for words in lines} == {"report"}
+    assert {words[0] for words in lines} == {"report", "export"}
     for words in lines:
         # The options are right: what is missing is the checkpoint that an earlier line writes.
         assert run(*words) == 2
-        assert f"{words[1]}: there is no such file" in capsys.readouterr().err.replace("\n", " ")
+        checkpoint = next(word for word in words if word.endswith(".ckpt"))
+        assert f"{checkpoint}: there is no such file" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_scripts_and_files_exist() -> None:
@@ -178,16 +193,24 @@ def test_yaml_blocks_parse(run: Run, block: str, tmp_path: Path, capsys: pytest.
     assert class_path.rpartition(".")[2] in capsys.readouterr().out
 
 
+def defaults(of: Any) -> dict[str, Any]:
+    return {parameter.name: parameter.default for parameter in inspect.signature(of).parameters.values()}
+
+
 def test_option_tables_show_every_default() -> None:
-    parameters = inspect.signature(DimensionPruning).parameters.values()
-    callback = {parameter.name: parameter.default for parameter in parameters}
-    schedule = {field.name: field.default for field in fields(PruningSchedule)}
-    granularity = {field.name: field.default for field in fields(Granularity)}
-    for heading, expected in (("DimensionPruning", callback), ("PruningSchedule", schedule)):
-        assert shown("README.md", f"### `{heading}`") == expected
-    assert shown("README.md", "### `Granularity`") == granularity
+    callback = defaults(DimensionPruning)
     del callback["schedule"], callback["granularity"]
-    assert shown(_CARD, "## Hyperparameters") == callback | schedule | granularity
+    expected = callback | defaults(PruningSchedule) | defaults(Granularity)
+    assert shown(f"{_METHODS}/fiited/README.md", "## Hyperparameters") == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(method, settings) for method, group in _SETTINGS.items() for settings in group],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_option_tables_of_groups_show_every_default(method: str, settings: Any) -> None:
+    assert shown(f"{_METHODS}/{method}/README.md", f"### `{settings.__name__}`") == defaults(settings)
 
 
 def shown(page: str, heading: str) -> dict[str, Any]:
@@ -197,10 +220,13 @@ def shown(page: str, heading: str) -> dict[str, Any]:
 @pytest.mark.parametrize("page", _PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", text(page)):
-        assert target.startswith("https://") or ((_ROOT / page).parent / target).exists(), f"{page} links to {target}"
+        file = target.partition("#")[0]
+        assert target.startswith("https://") or ((_ROOT / page).parent / file).exists(), f"{page} links to {target}"
 
 
-@pytest.mark.parametrize(("page", "kind"), [("README.md", "results"), (_CARD, "results"), (_CARD, "ablation")])
+@pytest.mark.parametrize(
+    ("page", "kind"), [("README.md", "results"), *((card, kind) for card in _CARDS for kind in ("results", "ablation"))]
+)
 def test_measured_numbers_have_a_place(page: str, kind: str) -> None:
     assert len(re.findall(rf"<!-- {kind}:begin -->\n.*?\n<!-- {kind}:end -->", text(page), flags=re.DOTALL)) == 1
 
@@ -213,9 +239,10 @@ def test_named_files_exist() -> None:
         assert any((folder / name).exists() for folder in folders), f"README.md names {name}, which does not exist"
 
 
-def test_card_names_real_errors() -> None:
+@pytest.mark.parametrize("card", _CARDS)
+def test_card_names_real_errors(card: str) -> None:
     modules = [name for _, name, _ in pkgutil.walk_packages(lightning_embcomp.__path__, "lightning_embcomp.")]
-    errors = set(re.findall(r"`(\w+Error)`", text(_CARD)))
-    assert len(errors) > 8
+    errors = set(re.findall(r"`(\w+Error)`", text(card)))
+    assert len(errors) > 3
     found = {name for module in modules for name in vars(importlib.import_module(module))} | set(vars(builtins))
     assert errors <= found

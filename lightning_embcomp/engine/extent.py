@@ -22,13 +22,12 @@ def check_extent(indices: Tensor, offsets: Tensor, weights: Tensor | None = None
         Traceback (most recent call last):
         ValueError: offsets must not fall: bag 1 goes from 5 to 2
     """
-    # NumPy takes a third of PyTorch's time for so little work, and another device is waited for once only.
-    bounds = offsets.cpu().numpy()
-    first, last = int(bounds[0]), int(bounds[-1])
+    first, last = int(offsets[0]), int(offsets[-1])
     if (first, last) != (0, indices.numel()):
         raise ValueError(
             f"offsets go from {first} to {last}, but must go from 0 to {indices.numel()}, the number of ids"
         )
+    bounds = offsets.cpu().numpy()  # NumPy takes a third to a half of PyTorch's time for so little work
     falls = bounds[1:] < bounds[:-1]
     if falls.any():
         bag = int(falls.argmax())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_embcomp.engine import state
 from lightning_embcomp.engine.attached import RowValues, TableState
+from lightning_embcomp.engine.bag_layout import FeatureShapes, pooled_layout
 from lightning_embcomp.engine.bags import pool_rows
 from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.interrupts import interrupts_held
@@ -101,7 +102,8 @@ class RoutedEmbeddings(nn.Module):
         self.attached: dict[str, TableState] = {}
         self.values: RowValues | None = None
         self.counting = RowCounting(sum(table.rows for table in self.tables[:t]) for t in range(len(self.tables)))
-        self._layouts: dict[tuple[int, ...], BagLayout] = {}
+        dims = tuple(self.tables[t].dim for t in self.feature_tables)
+        self.features = FeatureShapes(self.feature_tables, dims, self.mean, self.options.device)
         self.moves = 0
         self.damaged = False
         self.rate_power: float | None = None
@@ -135,7 +137,7 @@ class RoutedEmbeddings(nn.Module):
         features = len(self.feature_tables)
         if (offsets.numel() - 1) % features:
             raise ValueError(f"{offsets.numel() - 1} bags cannot be split over {features} features")
-        layout = self._pooled_layout((offsets.numel() - 1) // features)
+        layout = pooled_layout(self.features, (offsets.numel() - 1) // features)
         if self.values is None:
             return self._lookup(indices, offsets, per_sample_weights, layout)
         check_extent(indices, offsets, per_sample_weights)
@@ -161,7 +163,7 @@ class RoutedEmbeddings(nn.Module):
     def _lookup_values(self, indices: Tensor, ids_per_feature: Sequence[int], bags: int) -> Tensor:
         """Single rows ``(N, largest D)`` as they are used: rounded, if rows are."""
         offsets = torch.arange(indices.numel() + 1, device=indices.device)
-        rows = self._lookup(indices, offsets, None, self._sequence_layout(ids_per_feature))
+        rows = self._lookup(indices, offsets, None, self.features.sequence(ids_per_feature))
         if self.values is None:
             return rows
         return self.values.apply(rows, indices, ids_per_feature, bags=bags, training=self.training)
@@ -227,36 +229,6 @@ class RoutedEmbeddings(nn.Module):
             scaled = ScaleRowGradients.apply(rows.parameter, call, c)
             return rows.lookup(batch.slots[first:last], offsets, chosen, scaled)
         return rows.lookup(batch.slots[first:last], offsets, chosen)
-
-    def _pooled_layout(self, batch_size: int) -> BagLayout:
-        key = (batch_size,)
-        if key not in self._layouts:
-            dims = [self.tables[t].dim for t in self.feature_tables]
-            columns = [sum(dims[:f]) for f in range(len(dims))]
-            bags = [f * batch_size for f in range(len(dims) + 1)]
-            self._layouts = {key: self._layout(bags, [0] * len(dims), columns, (batch_size, sum(dims)))}
-        return self._layouts[key]
-
-    def _sequence_layout(self, ids_per_feature: Sequence[int]) -> BagLayout:
-        bags = [sum(ids_per_feature[:f]) for f in range(len(ids_per_feature) + 1)]
-        width = max(self.tables[t].dim for t in self.feature_tables)
-        return self._layout(bags, bags[:-1], [0] * len(ids_per_feature), (bags[-1], width))
-
-    def _layout(
-        self, bag_start: list[int], row_start: list[int], column: list[int], shape: tuple[int, int]
-    ) -> BagLayout:
-        def as_tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=self.options.device)
-
-        return BagLayout(
-            table=as_tensor(self.feature_tables),
-            bag_start=as_tensor(bag_start),
-            row_start=as_tensor(row_start),
-            column=as_tensor(column),
-            width=as_tensor([self.tables[t].dim for t in self.feature_tables]),
-            mean=as_tensor([int(mean) for mean in self.mean]),
-            shape=shape,
-        )
 
     @torch.no_grad()
     def move(self, plan: RowPlan, optimizers: Sequence[torch.optim.Optimizer] = ()) -> MoveSummary:
@@ -341,14 +313,9 @@ class RoutedEmbeddings(nn.Module):
             values: ``(n, D)``.
         """
         codes, slots = self.router.read(table, start, start + values.shape[0])
-        for code in range(1, self.tables[table].codes):
-            mine = codes == code
-            if bool(mine.any()):
-                storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
-                kept = torch.cat(
-                    [values[mine][:, first : first + n] for first, n in self.tables[table].columns_of(code)], 1
-                )
-                storage[slots[mine].long()] = kept.to(storage.dtype)
+        for mine, storage, spans in self._stored(table, codes):
+            kept = torch.cat([values[mine][:, first : first + n] for first, n in spans], 1)
+            storage[slots[mine].long()] = kept.to(storage.dtype)
 
     @torch.no_grad()
     def read_rows(self, table: int, start: int, stop: int) -> Tensor:
@@ -364,16 +331,20 @@ class RoutedEmbeddings(nn.Module):
         """
         codes, slots = self.router.read(table, start, stop)
         values = torch.zeros(stop - start, self.tables[table].dim, dtype=self.options.dtype, device=codes.device)
-        for code in range(1, self.tables[table].codes):
-            mine = (codes == code).nonzero().flatten()
-            if mine.numel() == 0:
-                continue
-            storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
+        for mine, storage, spans in self._stored(table, codes):
             rows, stored = storage[slots[mine].long()], 0
-            for first, n in self.tables[table].columns_of(code):
+            for first, n in spans:
                 values[mine, first : first + n] = rows[:, stored : stored + n]
                 stored += n
         return values
+
+    def _stored(self, table: int, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Sequence[tuple[int, int]]]]:
+        """Rows of each code that has any: their positions, the weights of their class, the columns that they store."""
+        for code in range(1, self.tables[table].codes):
+            mine = (codes == code).nonzero().flatten()
+            if mine.numel():
+                storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
+                yield mine, storage, self.tables[table].columns_of(code)
 
     @torch.no_grad()
     def initialise(self, table: int, init: Callable[[Tensor], Any]) -> None:

@@ -48,8 +48,8 @@ class TableBytes:
 
 
 def plain_bytes(manifest: Manifest) -> int:
-    """Bytes of all tables in full and in float32."""
-    return sum(4 * table.rows * table.dim for table in manifest.tables)
+    """Bytes of all tables in full, each in the dtype that its weights had."""
+    return sum(table.plain_bytes for table in manifest.tables)
 
 
 def stored_bytes(artefact: Artefact) -> TableBytes:

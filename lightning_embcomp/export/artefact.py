@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.planes import encode
 from lightning_embcomp.engine.precision import MAX_WIDTH, TablePrecision
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.export.bits import pack_bits
@@ -21,7 +22,6 @@ from lightning_embcomp.export.tables import ExportHost, ExportTable
 
 RUN_END, RUN_CODE, PLANES, STEPS, OFFSETS = "run_end", "run_code", "planes", "steps", "offsets"
 """Tensors that all tables share, one after the other."""
-_BLOCK = 64
 _LIBRARIES = ("lightning-embcomp", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "safetensors")
 
 
@@ -174,35 +174,10 @@ def _router_tensors(plans: Sequence[TablePlan]) -> dict[str, Tensor]:
         wide = int(ends.max()) >= 2**31
         tensors[RUN_END] = ends if wide else ends.int()
         tensors[RUN_CODE] = torch.cat([plan.run_code for plan in plans])
-    planes = [code_planes(plan.codes, plan.planes).flatten() for plan in plans if plan.planes]
+    planes = [encode(plan.codes, plan.planes).flatten() for plan in plans if plan.planes]
     if planes:
         tensors[PLANES] = torch.cat(planes)
     return tensors
-
-
-def code_planes(codes: Tensor, planes: int) -> Tensor:
-    """Codes as bit planes, as an engine saves them.
-
-    Args:
-        codes: uint8 ``(R,)``.
-        planes: Bits of a code.
-
-    Returns:
-        int64 ``(blocks of 64 rows, planes)``.
-
-    Example:
-        >>> code_planes(torch.tensor([1, 2, 3], dtype=torch.uint8), 2).tolist()
-        [[5, 6]]
-    """
-    blocks = -(-codes.numel() // _BLOCK)
-    words = torch.empty(blocks, planes, dtype=torch.int64)
-    for start, stop in slabs(codes.numel()):
-        part = torch.zeros(-(-(stop - start) // _BLOCK) * _BLOCK, dtype=torch.uint8)
-        part[: stop - start] = codes[start:stop]
-        for plane in range(planes):
-            bits = (part >> plane & 1).view(-1, 8) << torch.arange(8, dtype=torch.uint8)
-            words[start // _BLOCK : -(-stop // _BLOCK), plane] = bits.sum(1, dtype=torch.uint8).view(torch.int64)
-    return words
 
 
 def _rounding_tensors(tables: Sequence[ExportTable]) -> dict[str, Tensor]:
@@ -232,6 +207,7 @@ def _table_spec(table: ExportTable, plan: TablePlan, index: Mapping[Any, int]) -
         features=table.features,
         stepped=table.precision is not None,
         shifted=_shifted(table.precision),
+        dtype=str(table.dtype).removeprefix("torch."),
     )
 
 

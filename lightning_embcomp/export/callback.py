@@ -17,8 +17,9 @@ from lightning_embcomp.export.errors import ExportError
 from lightning_embcomp.export.files import check_target
 from lightning_embcomp.export.manifest import FileFormat
 from lightning_embcomp.export.pipeline import ExportOptions, ExportReport, export_module
-from lightning_embcomp.export.validation import validation_batches
-from lightning_embcomp.export.view import render
+from lightning_embcomp.export.sources import hosts_of
+from lightning_embcomp.export.validation import check_validation, validation_batches
+from lightning_embcomp.export.view import SWITCHED_OFF, render
 from lightning_embcomp.report.checkpoint import open_checkpoint
 
 
@@ -35,7 +36,8 @@ class ModelExport(pl.Callback):
         bits: Bits of rows that were not rounded in training: 2, 4, 8, 16 or 32.
         tables: Bits of single tables, by glob of their names.
         row_alignment: Bytes that a served row is filled up to a multiple of.
-        checkpoint: Weights to export: ``last``, or those of the ``best`` checkpoint of ``ModelCheckpoint``.
+        checkpoint: Weights to export: ``last``, or those of the ``best`` checkpoint of ``ModelCheckpoint``; the
+            latter not in a fit that searches bits, since it may be from before they are chosen.
         max_ne_loss: Relative increase of validation NE that is allowed; null switches the guard off.
         strict: Fail where NE rises more, instead of using more bits.
         overwrite: Replace an earlier export.
@@ -93,6 +95,26 @@ class ModelExport(pl.Callback):
                 f"{self.state_key}: checkpoint='best' needs a ModelCheckpoint with monitor=... among the callbacks"
             )
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out before the training whether there will be something to export, and data for the guard.
+
+        Raises:
+            ExportError: If a table cannot be exported, there is no validation data for the guard, or the best
+                checkpoint may be one without bits.
+            UnknownTableError: If a glob of ``tables`` matches no table.
+        """
+        self.options.bits_of(hosts_of(pl_module, trained=False))
+        if self.guarded:
+            check_validation(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        searching = [type(c).__name__ for c in callbacks if getattr(c, "searches", False) is True]
+        if self.checkpoint == "best" and searching:
+            raise ExportError(
+                f"{self.state_key}: checkpoint='best' may choose one from the search phase of {searching[0]}, when bits"
+                " are not chosen yet: use checkpoint='last', or export the checkpoint of your choice with"
+                " `embcomp export`"
+            )
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export; the module keeps its last weights."""
         if not trainer.is_global_zero:
@@ -110,15 +132,15 @@ class ModelExport(pl.Callback):
                 key: value.detach().clone() if isinstance(value, torch.Tensor) else value
                 for key, value in pl_module.state_dict().items()
             }
-            pl_module.load_state_dict(dict(checkpoint["state_dict"]))
             try:
+                pl_module.load_state_dict(dict(checkpoint["state_dict"]))
                 source = describe_checkpoint(checkpoint, best.best_model_path)
                 self.report = export_module(pl_module, self.dirpath, self.options, batches=batches, source=source)
             finally:
                 pl_module.load_state_dict(last)
         console = Console(width=100)
         with console.capture() as text:
-            console.print(render(self.report))
+            console.print(render(self.report, SWITCHED_OFF))
         rank_zero_info(text.get())
 
 

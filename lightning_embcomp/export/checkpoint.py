@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.layout import PLAIN_TABLE, LogicalTable
+from lightning_embcomp.engine.planes import decode
 from lightning_embcomp.engine.precision import MAX_WIDTH, SEARCHED, TablePrecision
 from lightning_embcomp.engine.router import BLOCK, SLAB
 from lightning_embcomp.engine.row_class import WEIGHT
@@ -60,7 +61,12 @@ def hosts_of_checkpoint(
         name = parts[-2]
         host = key[: -len(f"{parts[-3]}.{name}.weight")].removesuffix(".")
         table = ExportTable(
-            name=name, rows=weight.shape[0], dim=weight.shape[1], read_rows=rows_of(weight), **known.of(name)
+            name=name,
+            rows=weight.shape[0],
+            dim=weight.shape[1],
+            read_rows=rows_of(weight),
+            dtype=weight.dtype,
+            **known.of(name),
         )
         plain.setdefault((host, _COLLECTIONS[parts[-3]]), []).append(table)
         taken.append(key)
@@ -130,6 +136,7 @@ def _engine_table(prefix: str, saved: SavedTable, state: Mapping[str, Any], know
         columns=tuple(logical.columns_of(code) for code in range(logical.codes)),
         read_codes=reader.codes,
         precision=_precision(state, key + "precision.", logical),
+        dtype=saved.dtype,
         **known.of(logical.name),
     )
 
@@ -148,11 +155,7 @@ class _EngineRows:
         self.before = counts
 
     def _codes(self, first: int, last: int) -> Tensor:
-        words, shifts = self.planes[first:last], torch.arange(BLOCK)
-        codes = torch.zeros(words.shape[0], BLOCK, dtype=torch.uint8)
-        for plane in range(words.shape[1]):
-            codes |= ((words[:, plane : plane + 1] >> shifts) & 1).to(torch.uint8) << plane
-        return codes.flatten()[: self.saved.logical.rows - first * BLOCK]
+        return decode(self.planes[first:last], min(last * BLOCK, self.saved.logical.rows) - first * BLOCK)
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Codes of rows ``start`` (a multiple of 64) to ``stop``."""

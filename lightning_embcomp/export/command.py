@@ -14,7 +14,7 @@ from lightning_embcomp.export.manifest import FileFormat
 from lightning_embcomp.export.pipeline import ExportOptions, ExportReport, export_module, export_tables
 from lightning_embcomp.export.rows import PRECISIONS
 from lightning_embcomp.export.validation import validation_batches
-from lightning_embcomp.export.view import render
+from lightning_embcomp.export.view import CHECKPOINT_ALONE, render
 from lightning_embcomp.report.checkpoint import CheckpointError, open_checkpoint
 from lightning_embcomp.stack import quiet_third_party
 from lightning_embcomp.tables import UnknownTableError
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
-    console.print(render(report))
+    console.print(render(report, CHECKPOINT_ALONE))
     return 0
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.engine.planes import decode
+from lightning_embcomp.engine.router import BLOCK, slabs
 from lightning_embcomp.export.artefact import (
     OFFSETS,
     PLANES,
@@ -21,8 +22,6 @@ from lightning_embcomp.export.bits import unpack_bits
 from lightning_embcomp.export.errors import ExportError
 from lightning_embcomp.export.manifest import Manifest
 from lightning_embcomp.export.rows import shared_rows
-
-_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +139,10 @@ def _runs(manifest: Manifest, tensors: dict[str, Tensor], table: int) -> tuple[T
 
 def _codes(manifest: Manifest, tensors: dict[str, Tensor], table: int, start: int, stop: int) -> Tensor:
     specs = manifest.tables
-    first = sum(-(-spec.rows // _BLOCK) * spec.planes for spec in specs[:table])
+    first = sum(-(-spec.rows // BLOCK) * spec.planes for spec in specs[:table])
     planes = specs[table].planes
-    words = tensors[PLANES][first + start // _BLOCK * planes : first + -(-stop // _BLOCK) * planes].view(-1, planes)
-    shifts = torch.arange(_BLOCK)
-    codes = torch.zeros(words.shape[0], _BLOCK, dtype=torch.uint8)
-    for plane in range(planes):
-        codes |= ((words[:, plane : plane + 1] >> shifts) & 1).to(torch.uint8) << plane
-    return codes.flatten()[: stop - start]
+    words = tensors[PLANES][first + start // BLOCK * planes : first + -(-stop // BLOCK) * planes].view(-1, planes)
+    return decode(words, stop - start)
 
 
 def _check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
@@ -157,7 +152,7 @@ def _check(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     runs = sum(table.runs for table in tables)
     if runs:
         wanted |= {RUN_END: (runs,), RUN_CODE: (runs,)}
-    planes = sum(-(-table.rows // _BLOCK) * table.planes for table in tables)
+    planes = sum(-(-table.rows // BLOCK) * table.planes for table in tables)
     if planes:
         wanted[PLANES] = (planes,)
     stepped = sum(table.stepped for table in tables)

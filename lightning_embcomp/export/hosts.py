@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.hosts import in_order
 from lightning_embcomp.export.errors import ExportError
 from lightning_embcomp.export.manifest import HostSpec, TableSpec
@@ -153,7 +154,7 @@ class ServedEmbeddingBag(nn.Module):
         """Pool bags of ids; arguments as in ``nn.EmbeddingBag.forward``.
 
         Raises:
-            ValueError: If offsets are missing for 1-D ids or given for 2-D ids.
+            ValueError: If offsets are missing for 1-D ids, given for 2-D ids, or do not go through the ids in order.
         """
         if input.dim() == 2:
             if offsets is not None:
@@ -166,6 +167,8 @@ class ServedEmbeddingBag(nn.Module):
         elif not self.include_last_offset:
             offsets = torch.cat([offsets, offsets.new_full((1,), input.numel())])
         if self.padding_idx is not None:
+            if not torch.compiler.is_compiling():
+                check_extent(input, offsets, per_sample_weights)  # before offsets are used to count what is left
             kept = input != self.padding_idx
             kept_before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.long().cumsum(0)])
             offsets = kept_before[offsets.long()]

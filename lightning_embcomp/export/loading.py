@@ -128,9 +128,11 @@ def put_into(artefact: Artefact, module: nn.Module, device: torch.device | str =
         with deferred_tables():
             module.configure_model()
         views = find_hosts(module)
-    by_path = {view.path: view for view in views}
     manifest = artefact.manifest
-    missing = sorted({host.path for host in manifest.hosts} ^ set(by_path))
+    exported = {host.path for host in manifest.hosts}
+    kept = [view for view in views if view.path not in exported and _is_dense(view, artefact.dense)]
+    by_path = {view.path: view for view in views if view not in kept}
+    missing = sorted(exported ^ set(by_path))
     if missing:
         where = "model" if missing[0] in by_path else "export"
         raise ExportError(f"only the {where} holds tables at {missing[0]!r}: load it into a model of the same settings")
@@ -141,9 +143,17 @@ def put_into(artefact: Artefact, module: nn.Module, device: torch.device | str =
             replace_module(module, path, served)
         else:
             module = served
+    for view in kept:
+        if view.tables[0].weight is not None and view.tables[0].weight.is_meta:
+            view.module.to_empty(device=device)
     if artefact.dense:
         _load_dense(module, artefact.dense)
     return module.eval()
+
+
+def _is_dense(view: HostView, dense: Mapping[str, Tensor]) -> bool:
+    """Whether the dense part holds a plain embedding: a checkpoint alone does not tell it from other weights."""
+    return isinstance(view.module, nn.Embedding | nn.EmbeddingBag) and f"{view.path}.weight" in dense
 
 
 def _modules(expanded: Expanded, hosts: Sequence[HostSpec], device: torch.device | str) -> dict[str, ServedHost]:
@@ -189,7 +199,8 @@ def _fitted(host: HostSpec, view: HostView) -> HostSpec:
         is_weighted=found.is_weighted,
         need_indices=found.need_indices,
         include_last_offset=found.include_last_offset,
-        padding_idx=found.padding_idx if host.kind == "unknown" else host.padding_idx,
+        # Of a compressed nn.Embedding the padding row reads as zero, whatever is stored for it.
+        padding_idx=getattr(view.module, "padding_idx", None) if host.kind == "unknown" else host.padding_idx,
     )
 
 

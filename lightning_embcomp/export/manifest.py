@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from lightning_embcomp.export.errors import ExportError
 from lightning_embcomp.export.rows import RowFormat
-from lightning_embcomp.export.tables import HostKind, full_name
+from lightning_embcomp.export.tables import DTYPES, HostKind, full_name
 
 SCHEMA = 1
 """Version of the layout of the folder; readers refuse newer ones."""
@@ -30,6 +30,7 @@ class TableSpec:
         features: Feature names; empty for a stand-alone embedding, or where the source did not say.
         stepped: Whether it has shared steps.
         shifted: Whether it has an offset that is added to every rounded row.
+        dtype: Dtype of its weights before the export.
     """
 
     name: str
@@ -41,11 +42,17 @@ class TableSpec:
     features: tuple[str, ...] = ()
     stepped: bool = False
     shifted: bool = False
+    dtype: str = "float32"
 
     @property
     def planes(self) -> int:
         """Bits of a row's code; 0 where runs are stored."""
         return 0 if self.runs else max(1, len(self.classes).bit_length())
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of all its rows and columns in its own dtype."""
+        return DTYPES[self.dtype].itemsize * self.rows * self.dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +200,8 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
 def _table(entry: Mapping[str, Any], classes: int) -> TableSpec:
     features = entry.get("features", ())
     spec = TableSpec(**{**entry, "classes": tuple(entry["classes"]), "features": tuple(features)})
+    if spec.dtype not in DTYPES:
+        raise ValueError(f"table {spec.name!r} has an unknown dtype {spec.dtype!r}")
     if spec.rows < 1 or spec.dim < 1 or not all(0 <= c < classes for c in spec.classes):
         raise ValueError(f"table {spec.name!r} does not fit together")
     return spec

@@ -88,7 +88,7 @@ class ExportReport:
     Args:
         folder: Where.
         manifest: What it holds.
-        plain: Bytes of the tables in full and in float32.
+        plain: Bytes of the tables in full, each in the dtype that its weights had.
         disk: Bytes of the tables on disk, manifest included.
         dense: Bytes of the dense part on disk.
         serving: Bytes that served tables hold in memory.

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_embcomp.engine.bag_layout import FeatureShapes, pooled_layout
+from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.router import BLOCK, slabs, words_per_block
 from lightning_embcomp.export.expansion import Expanded
-from lightning_embcomp.export.operator import bag_layout, pool_served_op, tensors_of
+from lightning_embcomp.export.operator import pool_served_op, tensors_of
 from lightning_embcomp.kernels.dequantize import ServedClasses, ServedRouter, pool_served
 from lightning_embcomp.kernels.relocate import pack
 from lightning_embcomp.kernels.route import IdOutOfRangeError
@@ -188,6 +190,7 @@ class ServedTables(nn.Module):
         Raises:
             IndexError: If an id is outside its table.
             TypeError: If ids or offsets are not integers.
+            ValueError: If offsets fall or do not go from 0 to N, or weights are not as many as ids.
         """
         features = len(self.feature_tables)
         if (offsets.numel() - 1) % features:
@@ -202,7 +205,8 @@ class ServedTables(nn.Module):
             found: Tensor = pool_served_op(indices, offsets, weights, rows, router, classes, tables, dims, mean)
             return found
         batch_size = (offsets.numel() - 1) // features
-        layout = bag_layout(self.feature_tables, tuple(dims), tuple(mean), batch_size, self.device)
+        shapes = FeatureShapes(self.feature_tables, tuple(dims), tuple(map(bool, mean)), self.device)
+        layout = pooled_layout(shapes, batch_size)
         return self._lookup(indices, offsets, per_sample_weights, layout)
 
     def lookup_rows(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
@@ -227,11 +231,7 @@ class ServedTables(nn.Module):
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
-        first, last = int(offsets[0]), int(offsets[-1])
-        if (first, last) != (0, indices.numel()):
-            raise ValueError(f"offsets go from {first} to {last}, but must go from 0 to {indices.numel()}")
-        if weights is not None and weights.shape != indices.shape:
-            raise ValueError(f"{tuple(weights.shape)} per_sample_weights do not match {tuple(indices.shape)} ids")
+        check_extent(indices, offsets, weights)
         try:
             floats = None if weights is None else weights.float()
             return pool_served(indices, offsets, floats, layout, self.router, self.classes)

@@ -20,14 +20,16 @@ from lightning_embcomp.engine.layout import PLAIN_TABLE
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.export.errors import STILL_SEARCHED, ExportError
 from lightning_embcomp.export.tables import ExportHost, ExportTable, HostKind, full_name
+from lightning_embcomp.surgery import what_a_stand_in_loses
 from lightning_embcomp.tables import HostView, TableView, find_hosts
 
 
-def hosts_of(root: nn.Module) -> list[ExportHost]:
+def hosts_of(root: nn.Module, *, trained: bool = True) -> list[ExportHost]:
     """Collect the embedding tables of a module, plain and compressed.
 
     Args:
         root: The module; it may be a collection itself.
+        trained: Whether tables must be ready to be read; before a training, bits may still have to be searched.
 
     Returns:
         One record per module that holds tables, in the order of ``named_modules``. Rows are read when they are
@@ -40,24 +42,28 @@ def hosts_of(root: nn.Module) -> list[ExportHost]:
         >>> [host.full_name(table) for host in hosts_of(nn.EmbeddingBag(10, 4, mode="sum")) for table in host.tables]
         ['']
     """
-    hosts = [describe(view) for view in find_hosts(root)]
+    hosts = [describe(view, trained=trained) for view in find_hosts(root)]
     if not hosts:
         raise ExportError(f"{type(root).__name__} holds no embedding table: there is nothing to export")
     return hosts
 
 
-def describe(view: HostView) -> ExportHost:
+def describe(view: HostView, *, trained: bool = True) -> ExportHost:
     """Describe a module that holds tables; they may be unallocated, but cannot be read then.
 
     Args:
         view: The module.
+        trained: As in :func:`hosts_of`.
 
     Raises:
         ExportError: If it cannot be served.
     """
     module = view.module
+    lost = what_a_stand_in_loses(module)
+    if lost is not None:
+        raise ExportError(f"table {view.path!r} {lost}, which its exported tables would not have: remove it first")
     if isinstance(module, RoutedHost):
-        return _routed(view, module)
+        return _routed(view, module, trained)
     if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
         kind: HostKind = "bag_collection"
         options = {"is_weighted": module.is_weighted()}
@@ -68,7 +74,7 @@ def describe(view: HostView) -> ExportHost:
             raise ExportError(f"table {view.path!r} is pooled by max; exported tables pool by sum or mean")
         kind, options = "embedding_bag", {"include_last_offset": module.include_last_offset}
     else:
-        # The padding row of nn.Embedding is a row like any other in a lookup.
+        # The padding row of a plain nn.Embedding is a row like any other in a lookup: what it holds is exported.
         kind, options = "embedding", {}
     if isinstance(module, nn.EmbeddingBag | nn.Embedding) and module.max_norm is not None:
         raise ExportError(f"table {view.path!r} uses max_norm, which exported tables do not have")
@@ -87,6 +93,7 @@ def _plain(view: TableView) -> ExportTable:
         read_rows=rows_of(weight),
         mean=view.mean,
         features=view.features,
+        dtype=weight.dtype,
     )
 
 
@@ -105,7 +112,7 @@ def rows_of(weight: Tensor) -> Callable[[int, int], Tensor]:
     return read
 
 
-def _routed(view: HostView, module: RoutedHost) -> ExportHost:
+def _routed(view: HostView, module: RoutedHost, trained: bool) -> ExportHost:
     engine = module.engine
     engine.check_intact()
     features: list[list[str]] = [[] for _ in engine.tables]
@@ -126,7 +133,7 @@ def _routed(view: HostView, module: RoutedHost) -> ExportHost:
     elif isinstance(module, RoutedEmbeddingCollection):
         features = [list(config.feature_names) for config in module.embedding_configs()]
     tables = tuple(
-        _routed_table(engine, t, table.key, tuple(features[t]), mean[t]) for t, table in enumerate(view.tables)
+        _routed_table(engine, t, table.key, tuple(features[t]), mean[t], trained) for t, table in enumerate(view.tables)
     )
     return ExportHost(
         path=view.path,
@@ -139,10 +146,12 @@ def _routed(view: HostView, module: RoutedHost) -> ExportHost:
     )
 
 
-def _routed_table(engine: RoutedEmbeddings, t: int, key: str, features: tuple[str, ...], mean: bool) -> ExportTable:
+def _routed_table(
+    engine: RoutedEmbeddings, t: int, key: str, features: tuple[str, ...], mean: bool, trained: bool
+) -> ExportTable:
     table = engine.tables[t]
     precision = engine.precision(t)
-    if precision is None and engine.values is not None and engine.values.tensors(t):
+    if trained and precision is None and engine.values is not None and engine.values.tensors(t):
         raise ExportError(STILL_SEARCHED.format(name=key or PLAIN_TABLE))
     return ExportTable(
         name=key,
@@ -154,6 +163,7 @@ def _routed_table(engine: RoutedEmbeddings, t: int, key: str, features: tuple[st
         columns=tuple(table.columns_of(code) for code in range(table.codes)),
         read_codes=lambda start, stop: engine.router.read(t, start, stop)[0].cpu(),
         precision=precision,
+        dtype=engine.options.dtype,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.layout import Columns
@@ -14,6 +15,10 @@ from lightning_embcomp.export.errors import ExportError
 
 HostKind = Literal["bag_collection", "collection", "embedding_bag", "embedding", "unknown"]
 """Kind of the module that holds tables; ``unknown`` where only a state dict was seen."""
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+"""Dtypes that weights may have before the export, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +35,12 @@ class ExportTable:
         columns: Columns that rows of each code keep; code 0 keeps none. By default every row keeps every column.
         read_codes: Maps (start, stop) to the codes of those rows, uint8; None if every row has the last code.
         precision: How the table was rounded in training, if it was.
+        dtype: Dtype of the weights in the source; rows are read as float32 whatever it is.
 
     Raises:
-        ExportError: If the table has no rows or columns.
+        ExportError: If the table has no rows or columns, or its weights are no floats.
 
     Example:
-        >>> import torch
         >>> weight = torch.ones(3, 4)
         >>> table = ExportTable(name="t", rows=3, dim=4, read_rows=lambda start, stop: weight[start:stop])
         >>> table.kept
@@ -51,10 +56,13 @@ class ExportTable:
     columns: tuple[Columns, ...] = ()
     read_codes: Callable[[int, int], Tensor] | None = None
     precision: TablePrecision | None = None
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.dim < 1:
             raise ExportError(f"table {self.name!r} has {self.rows} rows of {self.dim} columns: nothing to export")
+        if self.dtype not in DTYPES.values():
+            raise ExportError(f"table {self.name!r} holds {self.dtype}; only {', '.join(DTYPES)} are exported")
 
     @property
     def kept(self) -> tuple[Columns, ...]:

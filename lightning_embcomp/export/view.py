@@ -11,12 +11,20 @@ from lightning_embcomp.export.manifest import Manifest
 from lightning_embcomp.export.pipeline import ExportReport
 from lightning_embcomp.report.view import size, times
 
+NOT_RUN = "NE guard: not run, for want of validation batches."
+SWITCHED_OFF = "NE guard: switched off (max_ne_loss is null)."
+CHECKPOINT_ALONE = (
+    "NE guard: not run, since a checkpoint alone has no validation data. Give the configuration of the run (-c) to run"
+    " it."
+)
 
-def render(report: ExportReport) -> RenderableType:
+
+def render(report: ExportReport, unguarded: str = NOT_RUN) -> RenderableType:
     """Lay a report out for ``rich``, within 80 columns.
 
     Args:
         report: The report.
+        unguarded: What to say where the NE guard did not run.
 
     Returns:
         What ``Console.print`` takes.
@@ -27,7 +35,8 @@ def render(report: ExportReport) -> RenderableType:
         held.add_row(kind.replace("_", " "), size(value), size(serving[kind]))
     held.add_section()
     held.add_row("all", size(report.disk.total), size(report.serving.total), style="bold")
-    held.add_row("plain, float32", size(report.plain), size(report.plain))
+    dtypes = sorted({table.dtype for table in report.manifest.tables})
+    held.add_row(f"plain, {', '.join(dtypes)}", size(report.plain), size(report.plain))
     held.add_row("ratio", times(report.disk_ratio), times(report.serving_ratio), style="bold")
     if report.dense:
         held.add_row("dense part (not counted)", size(report.dense), "")
@@ -40,19 +49,13 @@ def render(report: ExportReport) -> RenderableType:
     if dead:
         classes.add_row("0", "0", f"{dead:,}", "no storage")
     title = f"{report.folder} · {report.manifest.format} · rows aligned to {report.manifest.row_alignment} B"
-    return Group(Text(title, style="bold"), held, classes, *_guard(report))
+    return Group(Text(title, style="bold"), held, classes, *_guard(report, unguarded))
 
 
-def _guard(report: ExportReport) -> list[RenderableType]:
+def _guard(report: ExportReport, unguarded: str) -> list[RenderableType]:
     guard = report.guard
     if guard is None:
-        return [
-            Text(
-                "NE guard: not run, since a checkpoint alone has no validation data. Give the configuration of the run"
-                " (-c) to run it.",
-                style="yellow",
-            )
-        ]
+        return [Text(unguarded, style="yellow")]
     table = _table(f"Validation, {guard.rows:,} rows", "", "source", "exported", "difference")
     table.add_row("NE", f"{guard.ne_before:.6f}", f"{guard.ne_after:.6f}", f"{100 * guard.ne_loss:+.4f} %")
     change = guard.auc_after - guard.auc_before

@@ -15,7 +15,9 @@ from lightning_embcomp.metrics.functional import (
 class _SumsMetric(Metric):
     """A metric that is a function of sums over examples, kept in float64.
 
-    Sums need no list of all predictions, and any split into batches or ranks gives the same result.
+    Sums need no list of all predictions, and any split into batches or ranks gives the same result. They are
+    replaced, never changed in place: a reset at the end of ``Trainer.validate`` leaves inference tensors, which a later
+    ``fit`` may read but not change.
     """
 
     is_differentiable: bool = False
@@ -62,8 +64,8 @@ class LogLoss(_SumsMetric):
         Raises:
             ValueError: If the shapes differ or a value is not allowed.
         """
-        self.loss_sum += log_loss_sum(preds, target)
-        self.total += target.numel()
+        self.loss_sum = self.loss_sum + log_loss_sum(preds, target)
+        self.total = self.total + target.numel()
 
     def compute(self) -> Tensor:
         """Average over everything added since the last reset; NaN for no examples."""
@@ -103,9 +105,9 @@ class NormalizedEntropy(_SumsMetric):
         Raises:
             ValueError: If the shapes differ or a value is not allowed.
         """
-        self.loss_sum += log_loss_sum(preds, target)
-        self.clicks += target.sum()
-        self.total += target.numel()
+        self.loss_sum = self.loss_sum + log_loss_sum(preds, target)
+        self.clicks = self.clicks + target.sum()
+        self.total = self.total + target.numel()
 
     def compute(self) -> Tensor:
         """NE over everything added since the last reset."""
@@ -143,8 +145,8 @@ class Calibration(_SumsMetric):
             ValueError: If the shapes differ or a value is not allowed.
         """
         probability, label = checked_predictions(preds, target)
-        self.expected += probability.sum()
-        self.clicks += label.sum()
+        self.expected = self.expected + probability.sum()
+        self.clicks = self.clicks + label.sum()
 
     def compute(self) -> Tensor:
         """Ratio over everything added since the last reset."""

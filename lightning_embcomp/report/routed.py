@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_embcomp.engine.layout import PLAIN_TABLE, ClassMap, LogicalTable
 from lightning_embcomp.engine.memory import TableMemory, plain_weight_bytes
+from lightning_embcomp.engine.planes import decode
 from lightning_embcomp.engine.router import BLOCK, slabs, words_per_block
 from lightning_embcomp.engine.row_class import WEIGHT
 from lightning_embcomp.engine.state import FORMAT_VERSION, LAYOUTS
@@ -226,14 +227,10 @@ def count_codes(planes: Tensor, table: LogicalTable) -> list[int]:
         >>> count_codes(torch.tensor([[0b101]]), LogicalTable(name="t", rows=3, dim=4))
         [1, 2]
     """
-    bits = torch.arange(BLOCK)
     counts = torch.zeros(2 ** planes.shape[1], dtype=torch.int64)
     for start, stop in slabs(table.rows):
-        words = planes[start // BLOCK : -(-stop // BLOCK)]
-        codes = torch.zeros(words.shape[0], BLOCK, dtype=torch.int64)
-        for plane in range(words.shape[1]):
-            codes |= (words[:, plane : plane + 1] >> bits & 1) << plane
-        counts += torch.bincount(codes.flatten()[: stop - start], minlength=counts.numel())
+        codes = decode(planes[start // BLOCK : -(-stop // BLOCK)], stop - start)
+        counts += torch.bincount(codes, minlength=counts.numel())
     if int(counts[table.codes :].sum()):
         raise DamagedTableError(f"table {table.name!r} has codes above {table.full_code}")
     return [int(count) for count in counts[: table.codes]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from lightning_embcomp import DimensionPruning, PruningSchedule
 from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.precision import TablePrecision
+from lightning_embcomp.export.expansion import expand
 from lightning_embcomp.models import ClickModel
 from lightning_embcomp.surgery import build_host, fill, replace
 from lightning_embcomp.tables import find_hosts
@@ -190,3 +193,22 @@ def features(seed: int = 0, weighted: bool = False) -> KeyedJaggedTensor:
     values = torch.cat(ids)
     weights = torch.rand(values.numel(), generator=generator) + 0.5 if weighted else None
     return KeyedJaggedTensor(list(limits), values, lengths=lengths.flatten(), weights=weights)
+
+
+PRUNING = partial(DimensionPruning, target=0.6, schedule=PruningSchedule(every_n_steps=4, early_steps=(2,)))
+
+
+def fitted(folder: Path, *callbacks: pl.Callback, **settings: Any) -> tuple[pl.LightningModule, Path]:
+    model = click_model(**settings)
+    runner = trainer(*callbacks, folder=folder)
+    runner.fit(model, datamodule=Clicks())
+    runner.save_checkpoint(folder / "last.ckpt")
+    return model, folder / "last.ckpt"
+
+
+def same_exports(one: Any, other: Any) -> None:
+    first, second = expand(one), expand(other)
+    assert [s.format for s in one.manifest.classes] == [s.format for s in other.manifest.classes]
+    assert all(torch.equal(a, b) for a, b in zip(first.rows, second.rows, strict=True))
+    assert one.dense.keys() == other.dense.keys()
+    assert all(torch.equal(one.dense[key], other.dense[key]) for key in one.dense)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from lightning_embcomp.export import ExportOptions, export_module, load
-from lightning_embcomp.export.accounting import serving_bytes
+from lightning_embcomp.export import ExportOptions, export_module, export_tables, load, read
+from lightning_embcomp.export.accounting import plain_bytes, serving_bytes
 from lightning_embcomp.export.bits import pack_bits, packed_bytes, unpack_bits
+from lightning_embcomp.export.checkpoint import hosts_of_checkpoint
 from lightning_embcomp.export.serving import ServedTables
 from lightning_embcomp.export.view import render
 
-from .pipeline import ROWS, built_model, compressed, precision_of
+from .pipeline import ROWS, bag_collection, built_model, compressed, precision_of
 
 
 @pytest.mark.parametrize("alignment", [1, 16])
@@ -51,6 +54,25 @@ def test_the_report_reads_well(tmp_path: Path) -> None:
     for words in ("row parameters", "plain, float32", "per row", "16 of 16", "NE guard: not run"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("origin", ["plain", "compressed", "checkpoint", "plain checkpoint"])
+def test_plain_bytes_are_those_of_the_dtype(tmp_path: Path, origin: str) -> None:
+    root: Any = nn.ModuleDict({"bags": bag_collection().half(), "user": nn.EmbeddingBag(30, 8, mode="sum")})
+    if "plain" not in origin:
+        compressed(root)
+    if "checkpoint" in origin:
+        hosts, dense = hosts_of_checkpoint({"state_dict": root.state_dict()}, "x.ckpt")
+        report = export_tables(hosts, dense, tmp_path / "out")
+    else:
+        report = export_module(root, tmp_path / "out")
+    other = 0 if origin == "plain checkpoint" else 4 * 30 * 8  # not told from other weights there
+    assert report.plain == 2 * (300 * 16 + 50 * 8) + other
+    assert plain_bytes(read(tmp_path / "out").manifest) == report.plain
+    console = Console(width=80, file=StringIO())
+    console.print(render(report))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("plain, float16, float32" if other else "plain, float16") in text
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

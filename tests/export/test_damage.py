@@ -16,9 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lightning_embcomp.export import ExportError, ExportOptions, build, export_module, files, hosts_of, load, load_model
+from lightning_embcomp.export import (
+    ExportError,
+    ExportOptions,
+    build,
+    export_module,
+    files,
+    hosts_of,
+    load,
+    load_model,
+    serve,
+)
 from lightning_embcomp.export import write as write_export
 from lightning_embcomp.export.manifest import SCHEMA
+from lightning_embcomp.export.operator import pool_served_op, tensors_of
 from lightning_embcomp.tables import UnknownTableError
 
 from .pipeline import bag_collection, built_model, click_model, compressed, features, precision_of
@@ -81,6 +92,7 @@ def test_corrupt_manifest(folder: Path, content: bytes) -> None:
         lambda r: r["hosts"][0].update(colour="red"),
         lambda r: r["hosts"][0]["tables"][0].update(rows=-1),
         lambda r: r["hosts"][0]["tables"][0].update(classes=[99]),
+        lambda r: r["hosts"][0]["tables"][0].update(dtype="int3"),
         lambda r: r["classes"][0].pop("bits"),
         lambda r: r.update(classes=None),
         lambda r: r["files"].pop("tables.safetensors"),
@@ -274,6 +286,32 @@ def test_features_and_ids_that_the_tables_do_not_have(tmp_path: Path) -> None:
         served(KeyedJaggedTensor(batch.keys(), values, lengths=batch.lengths()))
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 5, 2, 6], "bag 1 goes from 5 to 2"),
+        ([0, 100_000, 2, 6], "bag 1 goes from 100000 to 2"),
+        ([0, -9, 2, 6], "bag 0 goes from 0 to -9"),
+        ([0, 1, 5], "offsets go from 0 to 5, but must go from 0 to 6"),
+    ],
+)
+def test_bags_that_no_batch_has(offsets: list[int], message: str) -> None:
+    """A lookup reads memory by the offsets, in a graph too."""
+    ids, bounds = torch.arange(6), torch.tensor(offsets)
+    for padding in (4, None):
+        source = nn.EmbeddingBag(10, 8, mode="sum", include_last_offset=True, padding_idx=padding)
+        module: Any = serve(build(hosts_of(source), 8))
+        for dtype in (torch.int32, torch.int64):
+            with pytest.raises(ValueError, match=message):
+                module(ids, bounds.to(dtype))
+    served = module.served
+    inside = ([*served.classes.rows], tensors_of(served.router), tensors_of(served.classes), [0], [8], [0])
+    with pytest.raises(ValueError, match=message):
+        pool_served_op(ids, bounds, None, *inside)
+    with pytest.raises(ValueError, match=r"per_sample_weights of shape \(2,\) do not match"):
+        pool_served_op(ids, torch.tensor([0, 6]), torch.ones(2), *inside)
+
+
 def test_models_that_do_not_fit(folder: Path) -> None:
     def fails(model: nn.Module, message: str) -> None:
         with pytest.raises(ExportError, match=message):
@@ -289,6 +327,46 @@ def test_models_that_do_not_fit(folder: Path) -> None:
     fails(click_model(over_layers=(8,)), "the dense part does not fit the model: .*size mismatch")
     fails(click_model(over_layers=(16, 16)), "the dense part does not fit the model")
     fails(nn.ModuleDict({"x": nn.Embedding(3, 4)}), "only the .* holds tables at")
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+def with_own_behaviour(kind: str) -> nn.Module:
+    if kind == "forward":
+        return Scaled(9, 4)
+    module: nn.Module = nn.Embedding(9, 4)
+    if kind == "assigned":
+        vars(module)["forward"] = Scaled(9, 4).forward
+    elif kind == "hook":
+        module.register_forward_hook(lambda module, args, out: 3 * out)
+    elif kind == "compressed":
+        module = compressed(module)
+        module.register_forward_pre_hook(lambda module, args: args)
+    else:
+        nn.utils.parametrizations.weight_norm(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("forward", "table 'x' is a Scaled with a forward of its own"),
+        ("assigned", "table 'x' is a Embedding with a forward of its own"),
+        ("hook", "table 'x' has hooks"),
+        ("compressed", "table 'x' has hooks"),
+        ("parametrization", "table 'x' is a ParametrizedEmbedding with a forward|table 'x' has a parametrization"),
+    ],
+)
+def test_modules_that_do_more_than_their_tables(tmp_path: Path, kind: str, message: str) -> None:
+    root = nn.ModuleDict({"x": with_own_behaviour(kind)})
+    with pytest.raises(ExportError, match=message):
+        export_module(root, tmp_path / "out")
+    write_export(build(hosts_of(nn.ModuleDict({"x": nn.Embedding(9, 4)}))), tmp_path / "plain")
+    with pytest.raises(ExportError, match=message):
+        load_model(tmp_path / "plain", root)
 
 
 def test_unallocated_tables_have_nothing_to_export() -> None:

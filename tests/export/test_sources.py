@@ -1,4 +1,4 @@
-"""Checkpoints read without their module, the command, and the callback."""
+"""Checkpoints read without their module, and the command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,43 +16,36 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_embcomp import (
-    DimensionPruning,
     Granularity,
     MixedPrecisionSearch,
     ModelExport,
     PrecisionSearch,
-    PruningSchedule,
     cli,
+    deferred_tables,
 )
 from lightning_embcomp.export import ExportError, build, dense_state, hosts_of, load, load_model, read, write
 from lightning_embcomp.export.checkpoint import hosts_of_checkpoint
-from lightning_embcomp.export.expansion import expand
 from lightning_embcomp.report.checkpoint import open_checkpoint
 
-from .pipeline import DIM, ROWS, Clicks, bag_collection, built_model, click_model, compressed, precision_of, trainer
+from .pipeline import (
+    DIM,
+    PRUNING,
+    ROWS,
+    Clicks,
+    bag_collection,
+    built_model,
+    click_model,
+    compressed,
+    fitted,
+    precision_of,
+    same_exports,
+    trainer,
+)
 
 _ROOT = Path(__file__).resolve().parents[2]
-PRUNING = partial(DimensionPruning, target=0.6, schedule=PruningSchedule(every_n_steps=4, early_steps=(2,)))
-
-
-def fitted(folder: Path, *callbacks: pl.Callback, **settings: Any) -> tuple[pl.LightningModule, Path]:
-    model = click_model(**settings)
-    runner = trainer(*callbacks, folder=folder)
-    runner.fit(model, datamodule=Clicks())
-    runner.save_checkpoint(folder / "last.ckpt")
-    return model, folder / "last.ckpt"
-
-
-def same_exports(one: Any, other: Any) -> None:
-    first, second = expand(one), expand(other)
-    assert [s.format for s in one.manifest.classes] == [s.format for s in other.manifest.classes]
-    assert all(torch.equal(a, b) for a, b in zip(first.rows, second.rows, strict=True))
-    assert one.dense.keys() == other.dense.keys()
-    assert all(torch.equal(one.dense[key], other.dense[key]) for key in one.dense)
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
@@ -119,6 +113,45 @@ def test_kinds_and_features_that_a_checkpoint_does_not_know(tmp_path: Path) -> N
     ids = torch.tensor([[1, 2], [29, 29]])
     assert isinstance(source, nn.ModuleDict) and isinstance(loaded, nn.ModuleDict)
     torch.testing.assert_close(loaded["user"](ids), source["user"](ids).detach())
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_the_padding_row_of_a_checkpoint_reads_as_zero(tmp_path: Path, routed: bool) -> None:
+    """What training left in the padding row of a compressed table is never read."""
+    source: Any = nn.ModuleDict({"user": nn.Embedding(30, 8, padding_idx=3)})
+    source = compressed(source)
+    source["user"].engine.load_rows(0, 0, torch.randn(30, 8))
+    ids = torch.tensor([[3, 1], [29, 3]])
+    expected = source["user"](ids).detach()
+    assert not bool(expected[0, 0].any()) and bool(source["user"].engine.read_rows(0, 0, 4)[3].any())
+    hosts, dense = hosts_of_checkpoint({"state_dict": source.state_dict()}, "x.ckpt")
+    write(build(hosts, 32, dense=dense), tmp_path / "out")
+    fresh: Any = nn.ModuleDict({"user": nn.Embedding(30, 8, padding_idx=3)})
+    loaded: Any = load_model(tmp_path / "out", compressed(fresh) if routed else fresh)
+    assert torch.equal(loaded["user"](ids), expected)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_plain_embeddings_of_a_checkpoint_stay_plain(tmp_path: Path, deferred: bool) -> None:
+    def model() -> Any:
+        return nn.ModuleDict(
+            {"bags": bag_collection(), "user": nn.Embedding(30, 8), "offer": nn.EmbeddingBag(20, 4, mode="sum")}
+        )
+
+    source = model()
+    hosts, dense = hosts_of_checkpoint({"state_dict": source.state_dict()}, "x.ckpt")
+    assert [host.path for host in hosts] == ["bags"]
+    write(build(hosts, 8, dense=dense), tmp_path / "out")
+    with deferred_tables() if deferred else nullcontext():
+        fresh = model()
+    loaded: Any = load_model(tmp_path / "out", fresh)
+    for name in ("user", "offer"):
+        assert type(loaded[name]) is type(source[name]) and torch.equal(loaded[name].weight, source[name].weight)
+    assert not hasattr(loaded["bags"], "embedding_bags")
+    other = model()
+    other["extra"] = nn.Embedding(5, 4)
+    with pytest.raises(ExportError, match="only the model holds tables at 'extra'"):
+        load_model(tmp_path / "out", other)
 
 
 def test_checkpoints_without_tables() -> None:
@@ -215,74 +248,6 @@ def test_command_errors(run: Callable[..., Any], tmp_path: Path) -> None:
     assert run(*checkpoint, "--overwrite")[0] == 0
 
 
-def test_callback_exports_the_last_weights(tmp_path: Path) -> None:
-    export = ModelExport(str(tmp_path / "out"), format="packed", bits=8)
-    model, _ = fitted(tmp_path, PRUNING(), export)
-    report = export.report
-    assert report is not None and report.guard is not None and report.folder == tmp_path / "out"
-    assert report.guard.rows == 384 and report.guard.ne_loss <= 0.0005
-    assert report.disk.total == sum(
-        (tmp_path / "out" / name).stat().st_size for name in ("manifest.json", "tables.safetensors")
-    )
-    assert report.plain == 4 * DIM * sum(ROWS.values())
-    exported = load_model(tmp_path / "out", click_model())
-    dense, sparse, _ = Clicks().batches[0]
-    with torch.no_grad():
-        difference = (exported(dense, sparse) - model(dense, sparse)).abs().max()
-    assert difference <= report.guard.max_logit_difference + 1e-6
-    assert report.manifest.source["global_step"] == 12
-
-
-class Spoiler(pl.Callback):
-    """Ruins the weights after the best checkpoint was kept."""
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with torch.no_grad():
-            for module in pl_module.modules():
-                if isinstance(module, nn.Linear):
-                    module.bias += 1
-
-
-@pytest.mark.parametrize("pruned", [False, True])
-def test_callback_exports_the_best_weights(tmp_path: Path, pruned: bool) -> None:
-    best = ModelCheckpoint(dirpath=tmp_path, filename="best", monitor="val_ne")
-    export = ModelExport(str(tmp_path / "out"), bits=32, checkpoint="best")
-    model, _ = fitted(tmp_path, *([PRUNING()] if pruned else []), best, Spoiler(), export)
-    ruined = {key: value.clone() for key, value in model.state_dict().items()}
-    path = tmp_path / "best.ckpt"
-    hosts, dense = hosts_of_checkpoint(open_checkpoint(path), path)
-    same_exports(read(tmp_path / "out"), build(hosts, 32, dense=dense))
-    assert read(tmp_path / "out").manifest.source["checkpoint"] == "best.ckpt"
-    again = model.state_dict()
-    assert all(torch.equal(ruined[key], again[key]) for key in ruined)
-    bias = next(key for key in dense if key.endswith("bias"))
-    assert not torch.equal(dense[bias], ruined[bias])
-
-
-def test_callback_refuses_before_the_training(tmp_path: Path) -> None:
-    write(build(hosts_of(bag_collection()), 4), tmp_path / "out")
-    with pytest.raises(ExportError, match="there is an export already"):
-        fitted(tmp_path, ModelExport(str(tmp_path / "out")))
-    with pytest.raises(ExportError, match="needs a ModelCheckpoint with monitor"):
-        fitted(tmp_path, ModelExport(str(tmp_path / "new"), checkpoint="best"))
-    with pytest.raises(ExportError, match="strict has no effect"):
-        ModelExport("x", max_ne_loss=None, strict=True)
-    with pytest.raises(ExportError, match="checkpoint must be"):
-        ModelExport("x", checkpoint="first")  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="bits is 3"):
-        ModelExport("x", bits=3)
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_callback_without_validation_data(tmp_path: Path) -> None:
-    export = ModelExport(str(tmp_path / "out"))
-    with pytest.raises(ExportError, match="no validation data for the NE guard"):
-        trainer(export, folder=tmp_path).fit(click_model(), train_dataloaders=Clicks().train_dataloader())
-    free = ModelExport(str(tmp_path / "out"), max_ne_loss=None)
-    trainer(free, folder=tmp_path).fit(click_model(), train_dataloaders=Clicks().train_dataloader())
-    assert free.report is not None and free.report.guard is None
-
-
 def test_fragment_shows_the_defaults(run: Callable[..., Any]) -> None:
     text = (_ROOT / "callbacks" / "export.yaml").read_text()
     shown = yaml.safe_load(re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.MULTILINE))
@@ -313,6 +278,7 @@ def test_a_state_that_is_still_searched_is_not_exported(tmp_path: Path) -> None:
             trainer.save_checkpoint(tmp_path / "early.ckpt")
             with pytest.raises(ExportError, match="bits of table .* are still being searched"):
                 hosts_of(pl_module)
+            assert len(hosts_of(pl_module, trained=False)) == 1  # its tables have names all the same
 
     search = MixedPrecisionSearch(ratio=20, search=PrecisionSearch(frequency="rank"))
     trainer(search, Save(), folder=tmp_path, max_steps=2).fit(click_model(), datamodule=Clicks())

@@ -1,14 +1,19 @@
 """Click metrics against scikit-learn, SciPy and numbers worked by hand."""
 
 import math
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from scipy.stats import entropy
 from sklearn.metrics import log_loss as sklearn_log_loss
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp.metrics import Calibration, LogLoss, NormalizedEntropy, calibration, log_loss, normalized_entropy
+from lightning_embcomp.models import ClickModel
 
 
 @pytest.fixture
@@ -61,6 +66,29 @@ def test_batches_give_the_result_of_the_whole(metric: type[Metric], function, pr
     accumulated.reset()
     accumulated.update(preds[:500], target[:500])
     assert accumulated.compute().item() == pytest.approx(function(preds[:500], target[:500]).item(), rel=1e-12)
+
+
+def test_a_model_that_was_validated_can_be_fitted() -> None:
+    """A validation ends with a reset in inference mode, and inference tensors cannot be changed outside of it."""
+    torch.manual_seed(0)
+    sparse = KeyedJaggedTensor(["user"], torch.arange(8), lengths=torch.ones(8, dtype=torch.int64))
+    loader: DataLoader[Any] = DataLoader([(torch.rand(8, 1), sparse, torch.arange(8) % 2.0)] * 2, batch_size=None)  # type: ignore[arg-type]
+    model = ClickModel(features=[{"name": "user", "num_embeddings": 8}], num_dense=1, embedding_dim=4, over_layers=(4,))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    names = {"val_auc", "val_logloss", "val_ne", "val_calibration"}
+    [before] = trainer.validate(model, loader, verbose=False)
+    trainer.fit(model, loader, loader)
+    last = {name: float(trainer.callback_metrics[name]) for name in names}
+    [after] = trainer.validate(model, loader, verbose=False)
+    assert {name: after[name] for name in names} == pytest.approx(last, rel=1e-6)
+    assert before["val_logloss"] != after["val_logloss"]
 
 
 def test_sums_keep_what_float32_would_drop() -> None:
