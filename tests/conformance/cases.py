@@ -86,7 +86,10 @@ CASES = {
         active=lambda **kwargs: FrequencyAwareLR(counter=CounterSettings(half_life=20.0), **kwargs),
         # Multipliers of at least 1, and no rate above that of the tables.
         neutral=lambda: FrequencyAwareLR(
-            form="horizon", horizon=1, max_rate=1.0, counter=CounterSettings(encoding="exact")
+            form="horizon",
+            horizon=1,
+            max_rate=1.0,
+            counter=CounterSettings(encoding="exact", counted="presence"),
         ),
         fragment="callbacks/frequency_lr.yaml",
         ratio=0.97,  # a byte per row and a quarter for the router in place of four
