@@ -241,7 +241,8 @@ def test_named_files_exist() -> None:
 
 @pytest.mark.parametrize("card", _CARDS)
 def test_card_names_real_errors(card: str) -> None:
-    modules = [name for _, name, _ in pkgutil.walk_packages(lightning_embcomp.__path__, "lightning_embcomp.")]
+    found_modules = pkgutil.walk_packages(lightning_embcomp.__path__, "lightning_embcomp.")
+    modules = [name for _, name, _ in found_modules if not name.endswith(".triton")]  # not installed everywhere
     errors = set(re.findall(r"`(\w+Error)`", text(card)))
     assert len(errors) > 3
     found = {name for module in modules for name in vars(importlib.import_module(module))} | set(vars(builtins))

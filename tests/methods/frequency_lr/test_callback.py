@@ -288,7 +288,7 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
         ({"encoding": "int8"}, "encoding must be"),
         ({"counted": "twice"}, "counted must be"),
         ({"half_life": 0.0}, "half_life must be a positive"),
-        ({"half_life": 2e6}, "up to 1,000,000 steps, not 2,000,000.0: use encoding='exact'"),
+        ({"half_life": 2e6}, "up to 50,000 steps, not 2,000,000.0: use encoding='exact'"),
     ],
 )
 def test_counter_settings(settings: dict[str, Any], message: str) -> None:
