@@ -38,7 +38,8 @@ from lightning_embcomp.engine.memory import engine_bytes
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.fiited.callback import DimensionPruning
-from lightning_embcomp.methods.fiited.module import DimensionPruner, PrunedTable
+from lightning_embcomp.engine.host import HeldTable, OneEngine
+from lightning_embcomp.methods.fiited.module import DimensionPruner
 from lightning_embcomp.models import ClickModel
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +70,7 @@ def pruned_engine(tables: int, rows: int, dim: int, target: float) -> tuple[Rout
     logical = [LogicalTable(name=f"t{t}", rows=rows, dim=dim, chunks=4) for t in range(tables)]
     options = RoutedOptions(optimizer=FusedOptimizerSpec(kind="rowwise_adagrad", options=RATE))
     engine = RoutedEmbeddings(logical, options=options)
-    pruner = DimensionPruner([PrunedTable(engine, t, f"t{t}") for t in range(tables)], target=target)
+    pruner = DimensionPruner([HeldTable(OneEngine(engine), t, f"t{t}") for t in range(tables)], target=target)
     pruner.start()
     for t in range(tables):
         engine.initialise(t, lambda weight: weight.uniform_(-0.01, 0.01))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.distributed.types import ModuleSharder, ShardingPlanner
 
 from lightning_embcomp.composition import STAGES, Ownership, Property
 from lightning_embcomp.deferred import deferred_tables
-from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.host import EngineHost, HeldTable
 from lightning_embcomp.engine.layout import ChunkLayout
 from lightning_embcomp.engine.plan import FixedPlan
+from lightning_embcomp.engine.sharded.collection import RoutedBagsSharder
 from lightning_embcomp.errors import NonFiniteLossError
-from lightning_embcomp.surgery import build_host, fill, replace
+from lightning_embcomp.surgery import build_host, fill, replace, sharded_spec
 from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
 
 Cuts = Mapping[str, tuple[int, ChunkLayout]]
@@ -29,19 +30,22 @@ class SetupError(RuntimeError):
     """A callback cannot work in this trainer or on this module."""
 
 
-@dataclass(frozen=True)
-class OwnedTable:
-    """A table that a callback works on.
+class ShardingStrategy(Protocol):
+    """What callbacks need of a strategy that shards tables over processes."""
 
-    Args:
-        host: Module that holds it.
-        index: Its index in the host's engine.
-        name: Unique name.
-    """
+    def shard(
+        self,
+        pl_module: pl.LightningModule,
+        sharder_for: Callable[[str, nn.Module], ModuleSharder[Any] | None] | None = None,
+        planner: ShardingPlanner | None = None,
+    ) -> None:
+        """Shard the embedding collections of a module in place; nothing happens to those that are sharded already.
 
-    host: RoutedHost
-    index: int
-    name: str
+        Args:
+            pl_module: The module.
+            sharder_for: Sharder by path and module; None for the usual one.
+            planner: Planner, unless the user gave one.
+        """
 
 
 class CompressionCallback(pl.Callback):
@@ -60,6 +64,9 @@ class CompressionCallback(pl.Callback):
     owns: ClassVar[Property]
     """What the method owns of its tables."""
 
+    follows_shards: ClassVar[bool] = False
+    """Whether the method works where tables are spread over processes."""
+
     changes_values: ClassVar[bool] = True
     """Whether a model that was not trained with the callback would predict something else under it."""
 
@@ -67,7 +74,7 @@ class CompressionCallback(pl.Callback):
         self.patterns: tuple[str, ...] = (tables,) if isinstance(tables, str) else tuple(tables)
         if not self.patterns:
             raise ValueError(f"{type(self).__name__}: give at least one table glob; '*' matches every table")
-        self.owned: list[OwnedTable] = []
+        self.owned: list[HeldTable] = []
 
     @property
     def state_key(self) -> str:
@@ -92,10 +99,14 @@ class CompressionCallback(pl.Callback):
         Raises:
             SetupError: With the reason and what to change.
         """
-        if trainer.world_size > 1:
+        strategy = _sharding(trainer)
+        if strategy is not None and not self.follows_shards:
+            raise SetupError(f"{self.state_key}: works in one process only so far. Train with strategy='auto'")
+        if strategy is None and trainer.world_size > 1:
             raise SetupError(
                 f"{self.state_key}: tables that are updated in the backward pass would drift apart on"
-                f" {trainer.world_size} processes. Train with one process (devices=1)"
+                f" {trainer.world_size} processes. Use strategy='torchrec', which shards them, or one process"
+                " (devices=1)"
             )
         if trainer.strategy.root_device.type != "cpu":
             raise SetupError(
@@ -113,7 +124,7 @@ class CompressionCallback(pl.Callback):
             for callback in callbacks:
                 if stage != "fit" and trainer.ckpt_path is None and callback.changes_values:
                     _refuse_plain_evaluation(hosts, stage, callback)
-            _install(pl_module, hosts, callbacks)
+            _install(trainer, pl_module, hosts, callbacks)
         for callback in callbacks:
             callback._take_over(pl_module)
 
@@ -136,7 +147,7 @@ class CompressionCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the engines are still part of the module, and that the trainer's settings reach their tables."""
-        if any(table.host.engine.options.optimizer is not None for table in self.owned):
+        if any(table.host.options.optimizer is not None for table in self.owned):
             check_fused_settings(trainer, self.state_key)
         present = {id(module) for module in pl_module.modules()}
         for table in self.owned:
@@ -246,7 +257,10 @@ def _build_model(pl_module: pl.LightningModule, callbacks: Sequence[CompressionC
 
 
 def _install(
-    pl_module: pl.LightningModule, hosts: Sequence[HostView], callbacks: Sequence[CompressionCallback]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    hosts: Sequence[HostView],
+    callbacks: Sequence[CompressionCallback],
 ) -> None:
     """Replace every module that holds a table of any callback; all callbacks of the trainer agree on one engine."""
     cuts: dict[str, tuple[int, ChunkLayout]] = {}
@@ -259,26 +273,57 @@ def _install(
         claimed.update(names)
         if callback.owns == "width":
             cuts.update(callback.table_cuts(selected))
+    wanted = []
     for host in hosts:
-        if isinstance(host.module, RoutedHost):
+        if isinstance(host.module, EngineHost):
             _check_same_cuts(host, cuts)
             continue
         unallocated = any(table.weight is not None and table.weight.is_meta for table in host.tables)
-        if not unallocated and not any(table.name in claimed for table in host.tables):
-            continue
-        _check_untied(pl_module, host)
-        routed = build_host(host, cuts, pl_module.device)
-        engine = routed.engine
-        cut = [table.name in cuts for table in host.tables]  # these start without rows: their owner chooses them
-        engine.move(FixedPlan([0 if mine else t.full_code for mine, t in zip(cut, engine.tables, strict=True)]))
+        if unallocated or any(table.name in claimed for table in host.tables):
+            _check_untied(pl_module, host)
+            wanted.append(host)
+    strategy = _sharding(trainer)
+    if strategy is None:
+        for host in wanted:
+            replace(pl_module, host.path, build_host(host, cuts, pl_module.device))
+    elif wanted:
+        device = trainer.strategy.root_device
+        specs = {
+            host.path: sharded_spec(host, cuts, device)
+            for host in wanted
+            if any(table.name in claimed for table in host.tables)
+        }
+        codecs = getattr(strategy, "codec_registry", None)
+        strategy.shard(
+            pl_module, lambda path, module: RoutedBagsSharder(specs[path], codecs) if path in specs else None
+        )
+        wanted = [host for host in wanted if host.path in specs]
+    for host in wanted:
+        _start(pl_module.get_submodule(host.path), host, cuts)
+
+
+def _start(routed: nn.Module, source: HostView, cuts: Cuts) -> None:
+    """Give tables that stay whole their rows; those that are cut start without, until their owner has chosen them."""
+    assert isinstance(routed, EngineHost)
+    whole = [table.name not in cuts for table in source.tables]
+    stays = {(id(s.engine), s.index) for t, stay in enumerate(whole) if stay for s in routed.shards(t)}
+    for engine in routed.engines:
+        engine.move(
+            FixedPlan([table.full_code if (id(engine), t) in stays else 0 for t, table in enumerate(engine.tables)])
+        )
         engine.clear_row_state()
-        routed.__dict__["_sources"] = {}
-        for t, mine in enumerate(cut):
-            if mine:
-                _sources(routed)[t] = host
-            else:
-                fill(routed, t, host)
-        replace(pl_module, host.path, routed)
+    routed.__dict__["_sources"] = {}
+    for t, stay in enumerate(whole):
+        if stay:
+            fill(routed, t, source)
+        else:
+            _sources(routed)[t] = source
+
+
+def _sharding(trainer: pl.Trainer) -> ShardingStrategy | None:
+    """The strategy, if it shards tables."""
+    strategy: Any = trainer.strategy
+    return strategy if callable(getattr(strategy, "shard", None)) else None
 
 
 def steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
@@ -288,27 +333,27 @@ def steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     return trainer.fit_loop.total_batch_idx + 1
 
 
-def _sources(host: RoutedHost) -> dict[int, HostView]:
+def _sources(host: EngineHost) -> dict[int, HostView]:
     """Replaced modules of tables that have no rows yet, by table index."""
     sources: dict[int, HostView] = host.__dict__.setdefault("_sources", {})
     return sources
 
 
-def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[OwnedTable]:
+def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[HeldTable]:
     hosts = find_hosts(pl_module)
     wanted = {table.name for table in select_tables(hosts, callback.patterns, callback.state_key)}
     return [
-        OwnedTable(host.module, t, table.name)
+        HeldTable(host.module, t, table.name)
         for host in hosts
-        if isinstance(host.module, RoutedHost)
+        if isinstance(host.module, EngineHost)
         for t, table in enumerate(host.tables)
         if table.name in wanted
     ]
 
 
 def _check_same_cuts(host: HostView, cuts: Cuts) -> None:
-    assert isinstance(host.module, RoutedHost)
-    for view, table in zip(host.tables, host.module.engine.tables, strict=True):
+    assert isinstance(host.module, EngineHost)
+    for view, table in zip(host.tables, host.module.logical_tables, strict=True):
         wanted = cuts.get(view.name)
         if wanted is not None and wanted != (table.chunks, table.layout):
             raise SetupError(

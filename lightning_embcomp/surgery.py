@@ -12,6 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
+from lightning_embcomp.engine.host import EngineHost, TableShard
 from lightning_embcomp.engine.hosts import (
     RoutedEmbedding,
     RoutedEmbeddingBag,
@@ -24,6 +25,7 @@ from lightning_embcomp.engine.layout import PLAIN_TABLE, ChunkLayout, LogicalTab
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.engine.sharded.collection import ShardedSpec
 from lightning_embcomp.tables import PLAIN_HOSTS, HostView, TableView, in_backward_optimizer
 
 _ROUTED_HOSTS = (RoutedEmbeddingBagCollection, RoutedEmbeddingCollection, RoutedEmbeddingBag, RoutedEmbedding)
@@ -50,11 +52,7 @@ def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], devi
         ValueError: If a table cannot be cut that way.
     """
     module = host.module
-    logical = [_logical(table, cuts) for table in host.tables]
-    _check_supported(host)
-    options = RoutedOptions(
-        optimizer=_optimizer(host), dtype=_dtype(host), device=device, sparse=bool(getattr(module, "sparse", False))
-    )
+    logical, options = _stored(host, cuts, device)
     feature_tables = [t for t, table in enumerate(host.tables) for _ in (table.features or ("",))]
     mean = [host.tables[t].mean for t in feature_tables]
     engine = RoutedEmbeddings(logical, feature_tables, mean, options)
@@ -70,10 +68,42 @@ def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], devi
     return RoutedEmbedding(engine, padding_idx=module.padding_idx)
 
 
-def fill(routed: RoutedHost, table: int, host: HostView) -> None:
+def sharded_spec(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], device: torch.device) -> ShardedSpec:
+    """Say how a collection is to be stored that TorchRec shards; arguments and errors as in :func:`build_host`.
+
+    Raises:
+        UnsupportedTableError: Beside what :func:`build_host` refuses, if TorchRec cannot shard the module, or its rows
+            are trained by an optimizer of ``configure_optimizers``.
+    """
+    if type(host.module) is not EmbeddingBagCollection:
+        raise UnsupportedTableError(
+            f"{host.path!r} is a {type(host.module).__name__}; of the modules that TorchRec shards, only"
+            " EmbeddingBagCollection can be compressed. Leave it out of the callback, or train with one process"
+        )
+    logical, options = _stored(host, cuts, device)
+    if options.optimizer is None:
+        raise UnsupportedTableError(
+            f"the tables of {host.path!r} are trained by an optimizer of configure_optimizers, whose state cannot"
+            " follow rows over processes: give them a fused one (apply_optimizer_in_backward), or train with one"
+            " process"
+        )
+    return ShardedSpec(tuple(logical), options)
+
+
+def _stored(
+    host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], device: torch.device
+) -> tuple[list[LogicalTable], RoutedOptions]:
+    logical = [_logical(table, cuts) for table in host.tables]
+    _check_supported(host)
+    sparse = bool(getattr(host.module, "sparse", False))
+    return logical, RoutedOptions(optimizer=_optimizer(host), dtype=_dtype(host), device=device, sparse=sparse)
+
+
+def fill(routed: EngineHost, table: int, host: HostView) -> None:
     """Give the live rows of a table their first values: those of the plain table, or of its initialiser.
 
-    A table on the meta device is initialised in place, live weights only; the full table never exists.
+    A table on the meta device is initialised in place, live weights only; the full table never exists. Shards draw
+    numbers of their own.
 
     Args:
         routed: Stand-in of ``host``.
@@ -82,10 +112,30 @@ def fill(routed: RoutedHost, table: int, host: HostView) -> None:
     """
     view = host.tables[table]
     assert view.weight is not None
-    if view.weight.device.type != "meta":
-        warm_start(routed.engine, {table: view.weight.detach()})
-    else:
-        routed.engine.initialise(table, _initialiser(host, view))
+    for shard in routed.shards(table):
+        if view.weight.device.type != "meta":
+            warm_start(shard.engine, {shard.index: part_of(view.weight.detach(), shard.logical)})
+        else:
+            _initialise(shard, _initialiser(host, view))
+
+
+def part_of(weight: Tensor, table: LogicalTable) -> Tensor:
+    """The rows and columns of full weights ``(R, D)`` that a part of a table holds, as a view."""
+    if table.shard is None:
+        return weight
+    row, column = table.shard.first_row, table.shard.first_column
+    return weight[row : row + table.rows, column : column + table.dim]
+
+
+def _initialise(shard: TableShard, init: Callable[[Tensor], Any]) -> None:
+    part = shard.logical.shard
+    if part is None:
+        shard.engine.initialise(shard.index, init)
+        return
+    # Copies of rows draw the same numbers, other parts others; the state of the generator stays equal everywhere.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash((torch.initial_seed(), part.number, part.first_column)) & 0x7FFFFFFF)
+        shard.engine.initialise(shard.index, init)
 
 
 def reinitialise(routed: RoutedHost, table: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -13,7 +13,8 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
-from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.host import EngineHost
+from lightning_embcomp.engine.layout import PLAIN_TABLE
 
 PLAIN_HOSTS = (
     EmbeddingBagCollection,
@@ -95,7 +96,7 @@ def find_hosts(root: nn.Module) -> list[HostView]:
     for path, module in root.named_modules():
         if any(not parent or path.startswith(parent + ".") for parent in inside):
             continue
-        if isinstance(module, (*PLAIN_HOSTS, RoutedHost)):
+        if isinstance(module, (*PLAIN_HOSTS, EngineHost)):
             hosts.append(HostView(path=path, module=module, tables=_tables(path, module)))
             inside.append(path)
     return hosts
@@ -159,11 +160,11 @@ def in_backward_optimizer(weight: Any) -> tuple[type[torch.optim.Optimizer], Map
 
 
 def _tables(path: str, module: nn.Module) -> tuple[TableView, ...]:
-    if isinstance(module, RoutedHost):
-        bare = not hasattr(module, "_configs")
+    if isinstance(module, EngineHost):
+        bare = len(module.logical_tables) == 1 and module.logical_tables[0].name == PLAIN_TABLE
         return tuple(
             TableView(host=path, key="" if bare else t.name, rows=t.rows, dim=t.dim, weight=None)
-            for t in module.engine.tables
+            for t in module.logical_tables
         )
     if isinstance(module, EmbeddingBagCollection | FusedEmbeddingBagCollection):
         return tuple(

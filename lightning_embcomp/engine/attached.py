@@ -31,6 +31,10 @@ class TableState:
         """
         return [tensor for t in range(tables) for tensor in self.tensors(t).values()]
 
+    def row_tensors(self, table: int) -> frozenset[str]:
+        """Names of the tensors of a table that hold one value per row; the others belong to the table as a whole."""
+        return frozenset()
+
     def names(self, table: int, saved: Collection[str]) -> set[str]:
         """Tensors that a checkpoint must hold of a table, given those that it holds."""
         return set(self.tensors(table))

@@ -22,13 +22,14 @@ from torchrec.optim.fused import FusedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from lightning_embcomp.engine import state
+from lightning_embcomp.engine.host import OneEngine
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows
 
 
-class RoutedHost(nn.Module):
-    """Base of the modules that hold an engine.
+class RoutedHost(OneEngine, nn.Module):
+    """Base of the modules that hold an engine with all of their tables.
 
     Args:
         engine: The engine.

@@ -28,8 +28,31 @@ _MAX_CODES = 33  # keeps the router within 3 bytes per row
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Which part of a table an engine holds.
+
+    Args:
+        rows: Rows of the whole table.
+        dim: Columns of the whole table.
+        first_row: First row of the part.
+        first_column: First column of the part.
+        number: Number of the part's first row among all rows of all tables of its collection, which seeds random bits:
+            they are the same however tables are sharded.
+    """
+
+    rows: int
+    dim: int
+    first_row: int = 0
+    first_column: int = 0
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogicalTable:
     """One embedding table as the user configured it, and how finely its rows may be cut.
+
+    Of a part of a table that starts at column chunk k, code c stands for code c + k of the whole table: what the whole
+    table stores before the part is left out, and codes beyond the part store all of it.
 
     Args:
         name: Unique name within the engine.
@@ -37,6 +60,7 @@ class LogicalTable:
         dim: Columns D.
         chunks: Equal column chunks that a row is cut into; 1 keeps rows whole.
         layout: ``prefix`` keeps leading chunks only, ``chunks`` any subset.
+        shard: Which part of a table this is; None for all of it.
 
     Raises:
         ValueError: If ``dim`` does not split into chunks of a multiple of 4 columns, or the layout has too many codes.
@@ -52,9 +76,10 @@ class LogicalTable:
     dim: int
     chunks: int = 1
     layout: ChunkLayout = "prefix"
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
+        if self.rows < (0 if self.shard else 1):
             raise ValueError(f"table {self.name!r} has {self.rows} rows; at least one is needed")
         if self.chunks < 1 or self.dim % self.chunks or (self.dim // self.chunks) % LANES:
             fitting = [k for k in range(1, self.dim + 1) if self.dim % k == 0 and (self.dim // k) % LANES == 0]
@@ -73,6 +98,8 @@ class LogicalTable:
                 f" at most {_MAX_CODES} are supported: use fewer chunks"
                 + (" or layout 'prefix'" if self.layout == "chunks" else "")
             )
+        if self.layout == "chunks" and self.shard is not None and self.shard.dim != self.dim:
+            raise ValueError(f"table {self.name!r} is sharded by columns, which layout 'chunks' cannot follow")
 
     @property
     def chunk_width(self) -> int:
@@ -80,9 +107,19 @@ class LogicalTable:
         return self.dim // self.chunks
 
     @property
+    def first_chunk(self) -> int:
+        """Chunks of the whole table before this part."""
+        return 0 if self.shard is None else self.shard.first_column // self.chunk_width
+
+    @property
+    def whole_chunks(self) -> int:
+        """Chunks of the whole table."""
+        return self.chunks if self.shard is None else self.shard.dim // self.chunk_width
+
+    @property
     def codes(self) -> int:
         """Number of codes, code 0 included."""
-        return self.chunks + 1 if self.layout == "prefix" else 2**self.chunks
+        return self.whole_chunks - self.first_chunk + 1 if self.layout == "prefix" else 2**self.chunks
 
     @property
     def full_code(self) -> int:
@@ -92,7 +129,7 @@ class LogicalTable:
     def live_chunks(self, code: int) -> tuple[int, ...]:
         """Chunks that a row of ``code`` stores."""
         if self.layout == "prefix":
-            return tuple(range(code))
+            return tuple(range(min(code, self.chunks)))
         return tuple(chunk for chunk in range(self.chunks) if code >> chunk & 1)
 
     def columns_of(self, code: int) -> Columns:
@@ -106,6 +143,18 @@ class LogicalTable:
                 runs.append((first, self.chunk_width))
         return tuple(runs)
 
+    def share(self, code: int) -> tuple[int, int]:
+        """Columns that the whole table stores of a row of ``code``, and all its columns."""
+        if self.layout == "prefix":
+            return (self.first_chunk + code) * self.chunk_width if code else 0, self.whole_chunks * self.chunk_width
+        return len(self.live_chunks(code)) * self.chunk_width, self.dim
+
+
+def row_numbers(tables: Sequence[LogicalTable]) -> list[int]:
+    """Number of each table's first row among the rows of a collection."""
+    before = [sum(table.rows for table in tables[:t]) for t in range(len(tables))]
+    return [number if t.shard is None else t.shard.number for t, number in zip(tables, before, strict=True)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMap:
@@ -114,11 +163,13 @@ class ClassMap:
     Args:
         dims: Columns of the logical rows that each class stores; tables of different dim share no class.
         columns: Stored columns of each class.
+        shares: Of how many columns of the whole table each class stores how many, in this part and in others.
         class_of_code: Per table the class of each code; -1 for code 0.
     """
 
     dims: tuple[int, ...]
     columns: tuple[Columns, ...]
+    shares: tuple[tuple[int, int], ...]
     class_of_code: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -131,7 +182,9 @@ class ClassMap:
             >>> ClassMap.of([wide, flat]).class_of_code
             ((-1, 0, 1), (-1, 1))
         """
-        needed = {(table.dim, table.columns_of(code)) for table in tables for code in range(1, table.codes)}
+        needed = {
+            (table.dim, table.columns_of(code), table.share(code)) for table in tables for code in range(1, table.codes)
+        }
         classes = sorted(needed, key=lambda key: (sum(length for _, length in key[1]), key))
         if len(classes) > MAX_CLASSES:
             raise ValueError(
@@ -140,12 +193,16 @@ class ClassMap:
             )
         index = {key: i for i, key in enumerate(classes)}
         class_of_code = tuple(
-            tuple(-1 if code == 0 else index[table.dim, table.columns_of(code)] for code in range(table.codes))
+            tuple(
+                -1 if code == 0 else index[table.dim, table.columns_of(code), table.share(code)]
+                for code in range(table.codes)
+            )
             for table in tables
         )
         return cls(
-            dims=tuple(dim for dim, _ in classes),
-            columns=tuple(runs for _, runs in classes),
+            dims=tuple(dim for dim, _, _ in classes),
+            columns=tuple(runs for _, runs, _ in classes),
+            shares=tuple(share for _, _, share in classes),
             class_of_code=class_of_code,
         )
 
@@ -154,8 +211,9 @@ class ClassMap:
         return sum(length for _, length in self.columns[row_class])
 
     def share(self, row_class: int) -> float:
-        """Stored over logical columns of a class."""
-        return self.width(row_class) / self.dims[row_class]
+        """Stored over logical columns of a class, over the whole table."""
+        stored, all_columns = self.shares[row_class]
+        return stored / all_columns
 
     def tensors(self, device: torch.device) -> ClassColumns:
         """The same facts as the kernels read them."""

@@ -58,11 +58,23 @@ class Call:
             )
         self.engine.count_step()
         if self.utility is not None:
-            self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights)
+            norms = self._whole_norms()
+            self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights, norms)
         counting = self.engine.counting
         if not counting.active:
             return None
         return counting.count(self.indices, self.offsets, self.layout, moving=self.training, deferred=deferred)
+
+
+    def _whole_norms(self) -> Tensor | None:
+        """Norms of the gradients of whole rows, per id of each bag, where the engine sees some columns only."""
+        found = None if self.engine.whole_norms is None else self.engine.whole_norms()
+        if found is None:
+            return None
+        feature = torch.repeat_interleave(torch.arange(self.layout.table.numel()), self.layout.bag_start.diff())
+        lengths = self.offsets.long().diff().clamp(min=1)
+        mean = self.layout.mean[feature] == 1
+        return (found / torch.where(mean, lengths, 1).unsqueeze(1)).contiguous()
 
 
 class AssembleClasses(torch.autograd.Function):

@@ -15,7 +15,7 @@ from lightning_embcomp.engine.bag_layout import FeatureShapes, pooled_layout
 from lightning_embcomp.engine.bags import pool_rows
 from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.interrupts import interrupts_held
-from lightning_embcomp.engine.layout import ClassMap, LogicalTable
+from lightning_embcomp.engine.layout import ClassMap, LogicalTable, row_numbers
 from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup, ScaleRowGradients
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.optimizer_state import UnmovableStateError, attach, detach
@@ -101,7 +101,8 @@ class RoutedEmbeddings(nn.Module):
         self.utility: RowUtility | None = None
         self.attached: dict[str, TableState] = {}
         self.values: RowValues | None = None
-        self.counting = RowCounting(sum(table.rows for table in self.tables[:t]) for t in range(len(self.tables)))
+        self.counting = RowCounting(row_numbers(self.tables))
+        self.whole_norms: Callable[[], Tensor | None] | None = None  # of gradients that it sees some columns of
         dims = tuple(self.tables[t].dim for t in self.feature_tables)
         self.features = FeatureShapes(self.feature_tables, dims, self.mean, self.options.device)
         self.moves = 0

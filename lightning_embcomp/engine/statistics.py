@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.layout import LogicalTable, row_numbers
 from lightning_embcomp.kernels.assemble import bag_norms
 from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility, decay_utility
@@ -15,9 +15,9 @@ from lightning_embcomp.kernels.utility import UtilityKind, accumulate_utility, d
 GAIN_BYTES = 16
 """Bytes of a table's running mean gain: a sum and a count."""
 _GAIN_MEMORY = 0.99  # share of the running mean that a step keeps
-# Odd multipliers that keep the random bits of decays apart from each other and from those of observed steps.
+# Keep the random bits of decays apart from each other and from those of observed steps.
 _DECAY_STEP = 0x9E3779B9
-_DECAY_TABLE = 0x7FEB352D
+_DECAY_ROWS = 0x7FEB352D
 
 
 class RowUtility:
@@ -49,6 +49,7 @@ class RowUtility:
         self.values = torch.zeros(sum(rows), parts, dtype=torch.bfloat16, device=device)
         self.gain = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
         self._rows = rows
+        self._number = torch.tensor(row_numbers(tables), device=device)
 
     def table_bytes(self, table: int) -> int:
         """Bytes held for a table."""
@@ -69,7 +70,13 @@ class RowUtility:
         return total / count if count else 0.0
 
     def observe(
-        self, grad: Tensor, indices: Tensor, offsets: Tensor, layout: BagLayout, weights: Tensor | None
+        self,
+        grad: Tensor,
+        indices: Tensor,
+        offsets: Tensor,
+        layout: BagLayout,
+        weights: Tensor | None,
+        norms: Tensor | None = None,
     ) -> None:
         """Account for one backward pass.
 
@@ -79,24 +86,27 @@ class RowUtility:
             offsets: Bag boundaries.
             layout: Output position of each bag.
             weights: Per-sample weights, or None.
+            norms: Norms ``(bags, 1)`` of the gradient of the whole table where the engine holds some columns only.
         """
         self.step += 1
         if self.step % self.every_n_steps:
             return
-        norms = bag_norms(grad, offsets, layout, self.parts)
+        if norms is None:
+            norms = bag_norms(grad, offsets, layout, self.parts)
         self._track_gain(norms, offsets, layout, weights)
         accumulate_utility(
-            self.values, self.row_start, indices, offsets, layout, norms, weights, self.kind, seed=self.step
+            self.values, self.row_start, indices, offsets, layout, norms, weights, self.kind, self.step, self._number
         )
 
     def decay(self, table: int, factor: float) -> None:
         """Multiply the utilities of a table by a factor from 0 to 1, rounded so that the mean is right.
 
-        The rounding depends on the step and the table alone, so that a resumed run repeats it bit for bit; decays of a
-        table are expected to have an observed step between them.
+        The rounding depends on the step and the number of the row alone, so that a resumed run repeats it bit for bit;
+        decays of a table are expected to have an observed step between them.
         """
-        seed = self.step * _DECAY_STEP + (table + 1) * _DECAY_TABLE
-        decay_utility(self.of_table(table), factor, seed & 0xFFFFFFFF)
+        seed = self.step * _DECAY_STEP + _DECAY_ROWS
+        first = int(self._number[table]) * self.parts
+        decay_utility(self.of_table(table), factor, seed & 0xFFFFFFFF, first)
 
     def _track_gain(self, norms: Tensor, offsets: Tensor, layout: BagLayout, weights: Tensor | None) -> None:
         lengths = offsets.long().diff().double()

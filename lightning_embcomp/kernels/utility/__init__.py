@@ -26,12 +26,14 @@ def accumulate_utility(
     weights: Tensor | None,
     kind: UtilityKind,
     seed: int,
+    number: Tensor | None = None,
 ) -> None:
     r"""Add what every occurrence of an id in the batch contributes to its row's utility, in place.
 
     ``gradient`` adds :math:`\lVert g \rVert_2` per occurrence (frequency times mean gradient), ``frequency`` adds one,
     ``peak_gradient`` keeps the largest norm. Sums are rounded to bfloat16 stochastically, so that small contributions
-    to a large sum survive on average; the pseudo-random bits are a hash of ``seed`` and the position of the id.
+    to a large sum survive on average; the pseudo-random bits are a hash of ``seed``, the number of the row and the
+    sample, hence the same however the tables are sharded.
 
     Args:
         utility: bfloat16 tensor of shape ``(rows of all tables, parts)``, changed in place.
@@ -43,12 +45,15 @@ def accumulate_utility(
         weights: Per-sample weights ``(N,)``, or None.
         kind: What an occurrence contributes.
         seed: Changes from step to step.
+        number: Number of each table's first row, int64 ``(T,)``; ``row_start`` by default.
     """
     kernel = cpu.accumulate_utility if backend_for(utility.device) == "cpu" else reference.accumulate_utility
-    kernel(utility, row_start, indices, offsets, layout, norms, weights, kind, seed)
+    kernel(
+        utility, row_start, indices, offsets, layout, norms, weights, kind, seed, row_start if number is None else number
+    )
 
 
-def decay_utility(values: Tensor, factor: float, seed: int) -> None:
+def decay_utility(values: Tensor, factor: float, seed: int, first: int = 0) -> None:
     """Multiply utilities by a factor, in place.
 
     Products are rounded to bfloat16 stochastically: neighbouring bfloat16 numbers are up to 0.8 % apart, so rounding to
@@ -59,6 +64,7 @@ def decay_utility(values: Tensor, factor: float, seed: int) -> None:
         values: Contiguous bfloat16 tensor of non-negative numbers, changed in place.
         factor: From 0 to 1.
         seed: The pseudo-random bits are a hash of it and the position of the value.
+        first: Position of the first value.
 
     Raises:
         ValueError: If the factor is outside 0 to 1, or the values are not contiguous bfloat16.
@@ -74,4 +80,4 @@ def decay_utility(values: Tensor, factor: float, seed: int) -> None:
     if values.dtype != torch.bfloat16 or not values.is_contiguous():
         raise ValueError(f"utilities must be contiguous bfloat16, not {values.dtype} with strides {values.stride()}")
     kernel = cpu.decay_utility if backend_for(values.device) == "cpu" else reference.decay_utility
-    kernel(values, factor, seed)
+    kernel(values, factor, seed, first)

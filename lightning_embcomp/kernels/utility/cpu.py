@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_embcomp.kernels.compile import threaded, threads_for
 from lightning_embcomp.kernels.intrinsics import bits_float, float_bits, prefetch
 from lightning_embcomp.kernels.types import BagLayout
+from lightning_embcomp.kernels.utility.reference import SAMPLE_STRIDE
 
 _AHEAD = 16
 _IDS_PER_THREAD = 8192
@@ -45,6 +46,7 @@ def _accumulate(
     weights: Any,
     kind: Any,
     seed: Any,
+    number: Any,
 ) -> None:
     for table in numba.prange(row_start.shape[0]):
         first_row = row_start[table]
@@ -53,10 +55,12 @@ def _accumulate(
                 continue
             end = offsets[bag_start[feature + 1]]
             for bag in range(bag_start[feature], bag_start[feature + 1]):
+                sample = (bag - bag_start[feature]) * SAMPLE_STRIDE
                 for i in range(offsets[bag], offsets[bag + 1]):
                     if i + _AHEAD < end:
                         prefetch(utility, np.intp((first_row + ids[i + _AHEAD]) * parts))
                     base = (first_row + ids[i]) * parts
+                    position = (number[table] + ids[i]) * parts + sample
                     scale = np.float32(1.0)
                     if weights.shape[0] > 0:
                         scale = abs(weights[i])
@@ -70,7 +74,7 @@ def _accumulate(
                             continue
                         if kind == 1:
                             gain = np.float32(1.0)
-                        summed = float_bits(old + gain) + _hash(seed, i * parts + part)
+                        summed = float_bits(old + gain) + _hash(seed, position + part)
                         utility[base + part] = np.uint16(summed >> np.uint32(16))
 
 
@@ -84,6 +88,7 @@ def accumulate_utility(
     weights: Tensor | None,
     kind: str,
     seed: int,
+    number: Tensor,
 ) -> None:
     """Numba twin of :func:`lightning_embcomp.kernels.utility.reference.accumulate_utility`."""
     _accumulate(
@@ -99,21 +104,23 @@ def accumulate_utility(
         np.empty(0, np.float32) if weights is None else weights.detach().float().contiguous().numpy(),
         _KINDS[kind],
         np.uint64(seed & 0xFFFFFFFF),
+        number.numpy(),
     )
 
 
 @threaded()
-def _decay(values: Any, factor: Any, seed: Any) -> None:
+def _decay(values: Any, factor: Any, seed: Any, first: Any) -> None:
     for i in numba.prange(values.shape[0]):
         scaled = bits_float(np.uint32(values[i]) << np.uint32(16)) * factor
-        values[i] = np.uint16((float_bits(scaled) + _hash(seed, i)) >> np.uint32(16))
+        values[i] = np.uint16((float_bits(scaled) + _hash(seed, first + i)) >> np.uint32(16))
 
 
-def decay_utility(values: Tensor, factor: float, seed: int) -> None:
+def decay_utility(values: Tensor, factor: float, seed: int, first: int = 0) -> None:
     """Numba twin of :func:`lightning_embcomp.kernels.utility.reference.decay_utility`."""
     _decay(
         threads_for(values.numel(), _VALUES_PER_THREAD),
         values.view(torch.int16).numpy().view(np.uint16).reshape(-1),
         np.float32(factor),
         np.uint64(seed & 0xFFFFFFFF),
+        first,
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_embcomp.kernels.types import BagLayout
 
+SAMPLE_STRIDE = 0x61C88647
+"""Keeps the random bits of one row in different samples of a batch apart."""
 _SLAB = 1 << 20  # values at a time: the random bits take eight bytes each
 
 
@@ -52,6 +54,7 @@ def accumulate_utility(
     weights: Tensor | None,
     kind: str,
     seed: int,
+    number: Tensor,
 ) -> None:
     """Plain twin of :func:`lightning_embcomp.kernels.utility.accumulate_utility`."""
     bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=indices.device), offsets.long().diff())
@@ -73,16 +76,18 @@ def accumulate_utility(
         0, inverse, torch.arange(rows.numel(), device=rows.device), "amin"
     )
     parts = utility.shape[1]
-    position = first.unsqueeze(1) * parts + torch.arange(parts, device=rows.device)
+    sample = (bag - layout.bag_start[feature])[first]
+    position = (number[layout.table[feature]] + indices.long())[first].unsqueeze(1) * parts
+    position = position + torch.arange(parts, device=rows.device) + sample.unsqueeze(1) * SAMPLE_STRIDE
     utility[unique] = round_stochastically(after, hash_bits(seed, position))
 
 
-def decay_utility(values: Tensor, factor: float, seed: int) -> None:
+def decay_utility(values: Tensor, factor: float, seed: int, first: int = 0) -> None:
     """Plain twin of :func:`lightning_embcomp.kernels.utility.decay_utility`."""
     flat = values.view(-1)
     for start in range(0, flat.numel(), _SLAB):
         part = flat[start : start + _SLAB]
-        position = torch.arange(start, start + part.numel(), device=values.device)
+        position = torch.arange(first + start, first + start + part.numel(), device=values.device)
         # As a tensor: a Python float would be multiplied in double precision on some devices.
         scaled = part.float() * torch.tensor(factor, dtype=torch.float32, device=values.device)
         part.copy_(round_stochastically(scaled, hash_bits(seed, position)))

@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 
 from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError, steps_done
 from lightning_embcomp.engine.layout import LogicalTable
-from lightning_embcomp.engine.memory import table_memory
 from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target, parse_bytes
-from lightning_embcomp.methods.fiited.module import DimensionPruner, PrunedTable
+from lightning_embcomp.methods.fiited.module import DimensionPruner
 from lightning_embcomp.tables import TableView
 
 
@@ -51,6 +50,7 @@ class DimensionPruning(CompressionCallback):
     """
 
     owns = "width"
+    follows_shards = True
 
     def __init__(
         self,
@@ -93,9 +93,8 @@ class DimensionPruning(CompressionCallback):
 
     def on_tables_ready(self, fresh: bool) -> None:
         """Start the pruner; new tables get their first rows."""
-        tables = [PrunedTable(owned.host.engine, owned.index, owned.name) for owned in self.owned]
         self.pruner = DimensionPruner(
-            tables,
+            self.owned,
             target=self.target,
             budget=self.budget,
             scope=self.scope,
@@ -131,7 +130,7 @@ class DimensionPruning(CompressionCallback):
         pl_module.log_dict(
             {
                 f"{group}/live_ratio": self.pruner.live_ratio(),
-                f"{group}/bytes": float(sum(table_memory(o.host.engine, o.index).total for o in self.owned)),
+                f"{group}/bytes": float(self.pruner.held_bytes()),
                 f"{group}/churn": moved.churn,
                 f"{group}/revived": float(moved.revived_rows),
                 f"{group}/dropped": float(moved.dropped_rows),

@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.host import HeldTable, TableShard, group_of
 from lightning_embcomp.engine.memory import plain_weight_bytes, table_memory
 from lightning_embcomp.engine.plan import MoveSummary
 from lightning_embcomp.engine.routed import RoutedEmbeddings
+from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.methods.fiited.config import Granularity, Scope
 from lightning_embcomp.methods.fiited.functional import zipf_prior
-from lightning_embcomp.methods.fiited.plan import Contender, EnginePlan, ReadRows, TablePlan, mean_utility, solve
+from lightning_embcomp.methods.fiited.plan import (
+    CodePlan,
+    Contender,
+    EnginePlan,
+    KnownCodes,
+    ReadRows,
+    Rows,
+    TablePlan,
+    solve,
+    total_utility,
+)
 
 
 class BudgetError(ValueError):
     """A byte budget cannot be met."""
-
-
-@dataclass(frozen=True)
-class PrunedTable:
-    """A table that dimension pruning owns.
-
-    Args:
-        engine: The engine that stores it.
-        index: Its index there.
-        name: Its name for people.
-    """
-
-    engine: RoutedEmbeddings
-    index: int
-    name: str
-
-    @property
-    def logical(self) -> LogicalTable:
-        """The logical table."""
-        return self.engine.tables[self.index]
 
 
 class DimensionPruner:
@@ -58,7 +49,7 @@ class DimensionPruner:
 
     def __init__(
         self,
-        tables: Sequence[PrunedTable],
+        tables: Sequence[HeldTable],
         *,
         target: float | None = None,
         budget: int | None = None,
@@ -72,25 +63,31 @@ class DimensionPruner:
         self.scope = scope
         self.granularity = granularity or Granularity()
         self.normalize = normalize
-        self.engines = list({id(table.engine): table.engine for table in tables}.values())
+        self.group = group_of(tables)
+        self.engines = list({id(shard.engine): shard.engine for table in tables for shard in table.shards}.values())
         for engine in self.engines:
-            names = ", ".join(table.name for table in tables if table.engine is engine)
-            if engine.rate_power not in (None, self.granularity.rate_power):
-                raise ValueError(
-                    f"{names}: row classes of this collection have rate_power={engine.rate_power} already, not"
-                    f" {self.granularity.rate_power}: use the same, or put them into a collection of their own"
-                )
-            engine.scale_rates(self.granularity.rate_power)
-            wanted = self._new_utility(engine)
-            if engine.utility is None:
-                engine.track_utility(wanted)
-            elif not engine.utility.measures_like(wanted):
-                raise ValueError(
-                    f"{names}: utilities of this collection are measured with other settings already (granularity:"
-                    " chunks with layout 'chunks', utility, sample_every_n_steps): use the same, or put the tables into"
-                    " a collection of their own"
-                )
+            self._use_engine(engine)
+        for host in {id(table.host): table.host for table in tables}.values():
+            host.want_gradient_norms()
         self._check_budget()
+
+    def _use_engine(self, engine: RoutedEmbeddings) -> None:
+        names = ", ".join(t.name for t in self.tables if any(shard.engine is engine for shard in t.shards))
+        if engine.rate_power not in (None, self.granularity.rate_power):
+            raise ValueError(
+                f"{names}: row classes of this collection have rate_power={engine.rate_power} already, not"
+                f" {self.granularity.rate_power}: use the same, or put them into a collection of their own"
+            )
+        engine.scale_rates(self.granularity.rate_power)
+        wanted = self._new_utility(engine)
+        if engine.utility is None:
+            engine.track_utility(wanted)
+        elif not engine.utility.measures_like(wanted):
+            raise ValueError(
+                f"{names}: utilities of this collection are measured with other settings already (granularity:"
+                " chunks with layout 'chunks', utility, sample_every_n_steps): use the same, or put the tables into"
+                " a collection of their own"
+            )
 
     def _new_utility(self, engine: RoutedEmbeddings) -> RowUtility:
         granularity = self.granularity
@@ -116,9 +113,9 @@ class DimensionPruner:
         Returns:
             What moved, over all engines.
         """
-        for table in self.tables:
-            assert table.engine.utility is not None
-            table.engine.utility.decay(table.index, decay)
+        for shard in (shard for table in self.tables for shard in table.shards):
+            assert shard.engine.utility is not None
+            shard.engine.utility.decay(shard.index, decay)
         return self._apply(prior=False, optimizers=optimizers)
 
     def _apply(self, *, prior: bool, optimizers: Sequence[torch.optim.Optimizer]) -> MoveSummary:
@@ -127,90 +124,148 @@ class DimensionPruner:
         for engine in self.engines:
             per_table = [plans.get((id(engine), t)) or _Unchanged() for t in range(len(engine.tables))]
             total = total + engine.move(EnginePlan(per_table), optimizers)
-        return total
+        counts = torch.tensor([getattr(total, field.name) for field in fields(total)])
+        return MoveSummary(**dict(zip((f.name for f in fields(total)), self.group.sum(counts).tolist(), strict=True)))
 
-    def _plans(self, *, prior: bool) -> dict[tuple[int, int], TablePlan]:
-        contenders = [self._contender(table, prior=prior) for table in self.tables]
+    def _plans(self, *, prior: bool) -> dict[tuple[int, int], CodePlan]:
+        contenders = self._contenders(prior=prior)
         groups = [[i] for i in range(len(contenders))] if self.scope == "table" else [list(range(len(contenders)))]
-        plans: dict[tuple[int, int], TablePlan] = {}
+        plans: dict[tuple[int, int], CodePlan] = {}
         for group in groups:
             solved = solve(
                 [contenders[i] for i in group],
                 sum(self._allowance(self.tables[i]) for i in group),
+                self.group,
                 falloff=self.granularity.falloff,
                 hysteresis=0.0 if prior else self.granularity.hysteresis,
             )
-            for i, plan in zip(group, solved, strict=True):
-                plans[id(self.tables[i].engine), self.tables[i].index] = plan
+            for i, mine in zip(group, solved, strict=True):
+                table = self.tables[i]
+                if table.host.is_cut_by_columns(table.index):
+                    plans |= _same_everywhere(table, mine)
+                else:
+                    plans |= {(id(s.engine), s.index): plan for s, plan in zip(table.shards, mine, strict=True)}
         return plans
 
-    def _contender(self, table: PrunedTable, *, prior: bool) -> Contender:
-        logical, engine = table.logical, table.engine
-        itemsize = engine.options.dtype.itemsize
-        optimizer = engine.options.optimizer
+    def _contenders(self, *, prior: bool) -> list[Contender]:
+        contenders = [self._contender(table, prior=prior) for table in self.tables]
+        if prior:
+            return contenders
+        gains = self.group.sum(torch.stack([_gain(table) for table in self.tables]))
+        credit = self.granularity.prior_occurrences
+        floors = [credit * total / count if count else 0.0 for total, count in gains.tolist()]
+        contenders = [replace(c, floor=floor) for c, floor in zip(contenders, floors, strict=True)]
+        if not self.normalize:
+            return contenders
+        totals = self.group.sum(torch.tensor([total_utility(c) for c in contenders], dtype=torch.float64)).tolist()
+        return [
+            replace(c, weight=c.table.rows / total) if total else c for c, total in zip(contenders, totals, strict=True)
+        ]
+
+    def _contender(self, table: HeldTable, *, prior: bool) -> Contender:
+        logical, options = table.logical, table.host.options
+        optimizer = options.optimizer
         state_columns = optimizer.state_columns(logical.chunk_width) if optimizer and self.budget is not None else 0
         rowwise = optimizer is not None and optimizer.kind == "rowwise_adagrad"
-        contender = Contender(
+        # Of a table that is cut by columns, the process with the first ones decides for all.
+        deciding = table.primary_shards if table.host.is_cut_by_columns(table.index) else table.shards
+        return Contender(
             table=logical,
-            codes=lambda start, stop: engine.router.read(table.index, start, stop)[0],
-            utility=_utility_reader(table, prior=prior),
-            chunk_bytes=logical.chunk_width * itemsize + (0 if rowwise else 4 * state_columns),
+            rows=[
+                Rows(
+                    count=shard.logical.rows,
+                    codes=_code_reader(shard),
+                    utility=_utility_reader(shard, logical.rows, prior=prior),
+                    counts=shard.primary,
+                )
+                for shard in deciding
+            ],
+            owners=table.host.row_owners(table.index),
+            chunk_bytes=logical.chunk_width * options.dtype.itemsize + (0 if rowwise else 4 * state_columns),
             row_bytes=4 * state_columns if rowwise else 0,
         )
-        if prior:
-            return contender
-        assert engine.utility is not None
-        floor = self.granularity.prior_occurrences * engine.utility.mean_gain(table.index)
-        contender = replace(contender, floor=floor)
-        if not self.normalize:
-            return contender
-        mean = mean_utility(contender)
-        return contender if mean == 0 else replace(contender, weight=1.0 / mean)
 
-    def _allowance(self, table: PrunedTable) -> int:
+    def _allowance(self, table: HeldTable) -> int:
         """Bytes that the rows of one table bring into the common budget."""
-        plain = plain_weight_bytes(table.logical, table.engine.options.dtype)
+        plain = plain_weight_bytes(table.logical, table.host.options.dtype)
         if self.target is not None:
             return round(plain * (1.0 - self.target))
         assert self.budget is not None
-        share = plain / sum(plain_weight_bytes(t.logical, t.engine.options.dtype) for t in self.tables)
-        fixed = sum(_fixed_bytes(t) for t in self.tables)
-        return int((self.budget - fixed) * share)
+        share = plain / sum(plain_weight_bytes(t.logical, t.host.options.dtype) for t in self.tables)
+        return int((self.budget - self._fixed_bytes()) * share)
 
     def _check_budget(self) -> None:
         if self.budget is None:
             return
-        fixed = sum(_fixed_bytes(table) for table in self.tables)
+        fixed = self._fixed_bytes()
         if self.budget <= fixed:
             raise BudgetError(
                 f"a budget of {self.budget:,} bytes is not above the {fixed:,} bytes that router and utilities of the"
                 f" {len(self.tables)} selected tables take before any weight is stored: raise it, or select fewer"
             )
 
+    def _fixed_bytes(self) -> int:
+        """Bytes of router and utilities, over all processes."""
+        memory = self._memory()
+        return memory["router"] + memory["statistics"]
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes of the pruned tables by kind, over all processes."""
+        kinds = ("weights", "optimizer_state", "router", "statistics")
+        mine = [table_memory(shard.engine, shard.index) for table in self.tables for shard in table.counted_shards]
+        held = torch.tensor([sum(getattr(memory, kind) for memory in mine) for kind in kinds])
+        return dict(zip(kinds, self.group.sum(held).tolist(), strict=True))
+
     def live_ratio(self) -> float:
         """Stored over plain weight bytes of the pruned tables."""
-        live = sum(table_memory(t.engine, t.index).weights for t in self.tables)
-        return live / sum(plain_weight_bytes(t.logical, t.engine.options.dtype) for t in self.tables)
+        plain = sum(plain_weight_bytes(t.logical, t.host.options.dtype) for t in self.tables)
+        return self._memory()["weights"] / plain
+
+    def held_bytes(self) -> int:
+        """All bytes of the pruned tables, over all processes."""
+        return sum(self._memory().values())
 
 
-def _fixed_bytes(table: PrunedTable) -> int:
-    memory = table_memory(table.engine, table.index)
-    return memory.router + memory.statistics
+def _gain(table: HeldTable) -> Tensor:
+    """Sum and count of what occurrences add to the utilities of a table, in this process."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for shard in table.primary_shards:
+        assert shard.engine.utility is not None
+        found += shard.engine.utility.gain[shard.index]
+    return found
 
 
-def _utility_reader(table: PrunedTable, *, prior: bool) -> ReadRows:
-    utility, index, rows = table.engine.utility, table.index, table.logical.rows
+def _code_reader(shard: TableShard) -> ReadRows:
+    return lambda start, stop: shard.engine.router.read(shard.index, start, stop)[0]
+
+
+def _utility_reader(shard: TableShard, rows: int, *, prior: bool) -> ReadRows:
+    utility, first = shard.engine.utility, shard.first_row
     assert utility is not None
     if prior:
-        return lambda start, stop: zipf_prior(start, stop, rows).unsqueeze(1).expand(-1, utility.parts)
-    return lambda start, stop: utility.of_table(index)[start:stop]
+        return lambda start, stop: (
+            zipf_prior(first + start, first + stop, rows).unsqueeze(1).expand(-1, utility.parts)
+        )
+    return lambda start, stop: utility.of_table(shard.index)[start:stop]
 
 
-class _Unchanged(TablePlan):
+def _same_everywhere(table: HeldTable, plans: Sequence[TablePlan]) -> dict[tuple[int, int], CodePlan]:
+    """Codes of a table that is cut by columns, from the process that decides to those that hold other columns."""
+    rows = table.logical.rows
+    codes = torch.zeros(rows, dtype=torch.uint8)
+    for plan, shard in zip(plans, table.primary_shards, strict=True):
+        plan.begin()
+        for start, stop in slabs(rows):
+            codes[start:stop] = plan.codes(start, stop, shard.engine.router.read(shard.index, start, stop)[0])
+    codes = table.group.broadcast(codes, table.host.row_owners(table.index)[0])
+    return {
+        (id(shard.engine), shard.index): KnownCodes(codes, shard.logical.first_chunk, shard.logical.codes - 1)
+        for shard in table.shards
+    }
+
+
+class _Unchanged:
     """Leaves the rows of a table that is not pruned as they are."""
-
-    def __init__(self) -> None:
-        pass
 
     def begin(self) -> None:
         """Nothing to reset."""

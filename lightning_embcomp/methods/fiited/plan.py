@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.group import Group
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.kernels.decide import count_cells, decide
@@ -30,13 +32,30 @@ class NonFiniteUtilityError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a table that this process decides about.
+
+    Args:
+        count: How many.
+        codes: Their present codes.
+        utility: Their utilities.
+        counts: Whether no other process counts the same rows.
+    """
+
+    count: int
+    codes: ReadRows
+    utility: ReadRows
+    counts: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contender:
     """A table that competes for bytes.
 
     Args:
         table: The logical table.
-        codes: Its present codes.
-        utility: Its utilities.
+        rows: What this process holds of it; parts of the rows are nowhere counted twice.
+        owners: Ranks that count its rows, by rising row number.
         chunk_bytes: Bytes of one chunk of one row.
         row_bytes: Bytes that a row with any live chunk costs beside its chunks (row-wise optimizer state).
         floor: Utility that every row is credited with beside what was measured.
@@ -44,12 +63,22 @@ class Contender:
     """
 
     table: LogicalTable
-    codes: ReadRows
-    utility: ReadRows
+    rows: Sequence[Rows]
+    owners: Sequence[int] = (0,)
     chunk_bytes: int
     row_bytes: int
     floor: float = 0.0
     weight: float = 1.0
+
+
+class CodePlan(Protocol):
+    """New codes of one table or part of it, slab by slab in rising order."""
+
+    def begin(self) -> None:
+        """Start at the first row."""
+
+    def codes(self, start: int, stop: int, current: Tensor) -> Tensor:
+        """New codes of the rows, uint8."""
 
 
 class TablePlan:
@@ -81,10 +110,30 @@ class TablePlan:
         return codes
 
 
+class KnownCodes:
+    """Codes of a whole table that were decided before, for one part of its columns.
+
+    Args:
+        codes: Codes of the whole table, uint8 ``(rows,)``.
+        first_chunk: Chunks before the part.
+        largest: Largest code of the part.
+    """
+
+    def __init__(self, codes: Tensor, first_chunk: int, largest: int) -> None:
+        self._codes, self._first_chunk, self._largest = codes, first_chunk, largest
+
+    def begin(self) -> None:
+        """Nothing to reset."""
+
+    def codes(self, start: int, stop: int, current: Tensor) -> Tensor:
+        """Codes of the part, uint8."""
+        return (self._codes[start:stop].short() - self._first_chunk).clamp(0, self._largest).to(torch.uint8)
+
+
 class EnginePlan:
     """The plans of all tables of one engine, in the engine's order."""
 
-    def __init__(self, tables: Sequence[TablePlan]) -> None:
+    def __init__(self, tables: Sequence[CodePlan]) -> None:
         self._tables = list(tables)
 
     def begin(self) -> None:
@@ -106,26 +155,50 @@ class _TableCells:
     bin: Tensor
     chunk: Tensor
     cells: Cells
-    n_states: int
-    parts: int
+    shape: tuple[int, ...]
 
 
-def solve(contenders: Sequence[Contender], budget: int, *, falloff: float, hysteresis: float) -> list[TablePlan]:
+def total_utility(contender: Contender) -> float:
+    """Sum of the utilities of the rows that this process counts, over all parts."""
+    return sum(
+        float(rows.utility(start, stop).double().sum())
+        for rows in contender.rows
+        for start, stop in slabs(rows.count if rows.counts else 0)
+    )
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What a table keeps: whole cells, and of one cell the chunks of the first rows."""
+
+    keep: Tensor
+    partial: tuple[int, int, int, int]
+
+
+def solve(
+    contenders: Sequence[Contender], budget: int, group: Group, *, falloff: float, hysteresis: float
+) -> list[list[TablePlan]]:
     """Spend a byte budget on the most useful chunks of all given tables.
 
     Args:
         contenders: Tables that share the budget.
         budget: Bytes for weights, plus row-wise state where ``row_bytes`` counts it.
+        group: Processes that hold rows of the tables; all of them decide the same.
         falloff: Worth of a chunk relative to the one before it, layout ``prefix``.
         hysteresis: Margin in favour of live chunks.
 
     Returns:
-        One plan per contender.
+        One plan per contender and part of its rows.
 
     Raises:
         NonFiniteUtilityError: If a table's utilities are not finite.
     """
-    per_table = [_cells(contender, falloff, hysteresis) for contender in contenders]
+    local = [_count(contender) for contender in contenders]
+    counts = group.sum(torch.cat([count.flatten() for count in local])).split([count.numel() for count in local])
+    per_table = [
+        _cells(contender, count.view_as(mine), falloff, hysteresis)
+        for contender, count, mine in zip(contenders, counts, local, strict=True)
+    ]
     everything = Cells(
         value=torch.cat([c.cells.value for c in per_table]),
         cost=torch.cat([c.cells.cost for c in per_table]),
@@ -133,29 +206,29 @@ def solve(contenders: Sequence[Contender], budget: int, *, falloff: float, hyste
         live=torch.cat([c.cells.live for c in per_table]),
         order=torch.cat([c.cells.order for c in per_table]),
     )
-    kept = allocate(everything, budget)
-    plans, first = [], 0
-    for contender, cells in zip(contenders, per_table, strict=True):
-        plans.append(_table_plan(contender, cells, kept[first : first + cells.part.numel()]))
-        first += cells.part.numel()
-    return plans
+    kept = allocate(everything, budget).split([c.part.numel() for c in per_table])
+    decisions = [_decide(cells, mine) for cells, mine in zip(per_table, kept, strict=True)]
+    before = _rows_before(contenders, local, decisions, group)
+    return [
+        _plans(contender, decision, first)
+        for contender, decision, first in zip(contenders, decisions, before, strict=True)
+    ]
 
 
-def mean_utility(contender: Contender) -> float:
-    """Mean utility of a table's rows, over all parts."""
-    total = 0.0
-    for start, stop in slabs(contender.table.rows):
-        total += float(contender.utility(start, stop).double().sum())
-    return total / contender.table.rows
-
-
-def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCells:
+def _count(contender: Contender) -> Tensor:
+    """Chunks of the rows of this process by part, state and utility."""
     table = contender.table
     prefix = table.layout == "prefix"
-    parts, n_states = (1, table.codes) if prefix else (table.chunks, 2)
-    counts = torch.zeros(parts, n_states, BINS, dtype=torch.int64)
-    for start, stop in slabs(table.rows):
-        count_cells(contender.codes(start, stop), contender.utility(start, stop), counts, prefix=prefix)
+    counts = torch.zeros(*((1, table.codes) if prefix else (table.chunks, 2)), BINS, dtype=torch.int64)
+    for rows in contender.rows:
+        for start, stop in slabs(rows.count if rows.counts else 0):
+            count_cells(rows.codes(start, stop), rows.utility(start, stop), counts, prefix=prefix)
+    return counts
+
+
+def _cells(contender: Contender, counts: Tensor, falloff: float, hysteresis: float) -> _TableCells:
+    table = contender.table
+    prefix = table.layout == "prefix"
     if bool(counts[:, :, NOT_FINITE:].any()):
         raise NonFiniteUtilityError(
             f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
@@ -179,11 +252,11 @@ def _cells(contender: Contender, falloff: float, hysteresis: float) -> _TableCel
         live=live,
         order=chunk,
     )
-    return _TableCells(part, state, bin_, chunk, cells, n_states, parts)
+    return _TableCells(part, state, bin_, chunk, cells, tuple(counts.shape))
 
 
-def _table_plan(contender: Contender, cells: _TableCells, kept: Tensor) -> TablePlan:
-    keep = torch.zeros(cells.parts, cells.n_states, BINS, dtype=torch.uint8)
+def _decide(cells: _TableCells, kept: Tensor) -> _Decision:
+    keep = torch.zeros(cells.shape, dtype=torch.uint8)
     whole = kept == cells.cells.count
     keep.index_put_(
         (cells.part[whole], cells.state[whole], cells.bin[whole]),
@@ -193,4 +266,25 @@ def _table_plan(contender: Contender, cells: _TableCells, kept: Tensor) -> Table
     partial = (-1, 0, 0, 0)
     for i in ((kept > 0) & ~whole).nonzero().flatten().tolist():
         partial = (int(cells.part[i]), int(cells.state[i]), int(cells.bin[i]), int(kept[i]))
-    return TablePlan(contender.table, contender.utility, keep, partial)
+    return _Decision(keep, partial)
+
+
+def _rows_before(
+    contenders: Sequence[Contender], local: Sequence[Tensor], decisions: Sequence[_Decision], group: Group
+) -> list[int]:
+    """Rows of each table's partly kept cell that other processes hold before those of this one."""
+    cells = [decision.partial[:3] for decision in decisions]
+    mine = torch.tensor([int(count[cell]) for count, cell in zip(local, cells, strict=True)])
+    by_rank = group.gather(mine)
+    found = []
+    for i, contender in enumerate(contenders):
+        owners = list(contender.owners)
+        earlier = owners[: owners.index(group.rank)] if group.rank in owners else []
+        found.append(int(by_rank[earlier, i].sum()))
+    return found
+
+
+def _plans(contender: Contender, decision: _Decision, before: int) -> list[TablePlan]:
+    part, state, bin_, kept = decision.partial
+    partial = (part, state, bin_, max(0, kept - before))
+    return [TablePlan(contender.table, rows.utility, decision.keep, partial) for rows in contender.rows]

@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_embcomp.callback import CompressionCallback, OwnedTable, SetupError, steps_done
+from lightning_embcomp.callback import CompressionCallback, SetupError, steps_done
+from lightning_embcomp.engine.host import HeldTable
 from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.plan import SamePlan
 from lightning_embcomp.methods.mpe.config import (
@@ -101,7 +102,7 @@ class MixedPrecisionSearch(CompressionCallback):
 
     def on_tables_ready(self, fresh: bool) -> None:
         """Put quantizers between the rows and their use."""
-        by_host: dict[int, list[OwnedTable]] = {}
+        by_host: dict[int, list[HeldTable]] = {}
         for owned in self.owned:
             by_host.setdefault(id(owned.host), []).append(owned)
         self.training = QuantizerTraining(
@@ -112,7 +113,7 @@ class MixedPrecisionSearch(CompressionCallback):
             penalty=self.penalty,
         )
 
-    def _quantizer(self, tables: Sequence[OwnedTable]) -> RowQuantizer:
+    def _quantizer(self, tables: Sequence[HeldTable]) -> RowQuantizer:
         """The quantizer of one engine; an engine that was rounded by an earlier run keeps its own."""
         engine, indices = tables[0].host.engine, [table.index for table in tables]
         widths = self.search.widths if self.bits is None else (self.bits,)
@@ -163,7 +164,7 @@ class MixedPrecisionSearch(CompressionCallback):
         engine.round_values(quantizer)
         return quantizer
 
-    def _row_counts(self, table: OwnedTable) -> Tensor | None:
+    def _row_counts(self, table: HeldTable) -> Tensor | None:
         """Occurrences of the rows of a table in the training data, or None if ids are taken as ranks."""
         if self.search.frequency == "rank":
             return None

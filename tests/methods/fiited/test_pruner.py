@@ -13,7 +13,8 @@ from lightning_embcomp.engine.optimizer import FusedKind, FusedOptimizerSpec
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.fiited.config import Granularity
 from lightning_embcomp.methods.fiited.functional import chunk_factors
-from lightning_embcomp.methods.fiited.module import BudgetError, DimensionPruner, PrunedTable
+from lightning_embcomp.engine.host import HeldTable, OneEngine
+from lightning_embcomp.methods.fiited.module import BudgetError, DimensionPruner
 from lightning_embcomp.methods.fiited.plan import NonFiniteUtilityError
 
 SIZES = ((300, 16), (1000, 16), (70, 32))
@@ -30,7 +31,7 @@ def make(
     ]
     engine = RoutedEmbeddings(tables, options=RoutedOptions(optimizer=FusedOptimizerSpec(kind=kind)))
     granularity = Granularity(layout=layout, **settings.pop("granularity", {}))
-    owned = [PrunedTable(engine, t, table.name) for t, table in enumerate(tables)]
+    owned = [HeldTable(OneEngine(engine), t, table.name) for t, table in enumerate(tables)]
     return engine, DimensionPruner(owned, granularity=granularity, **settings)
 
 
@@ -228,8 +229,8 @@ def test_normalize_makes_tables_comparable() -> None:
 def test_two_pruners_on_one_engine_leave_each_other_alone() -> None:
     tables = [LogicalTable(name=f"t{i}", rows=200, dim=16, chunks=4) for i in range(3)]
     engine = RoutedEmbeddings(tables, options=RoutedOptions(optimizer=FusedOptimizerSpec(kind="sgd")))
-    one = DimensionPruner([PrunedTable(engine, 0, "t0")], target=0.5)
-    two = DimensionPruner([PrunedTable(engine, 1, "t1")], target=0.9)
+    one = DimensionPruner([HeldTable(OneEngine(engine), 0, "t0")], target=0.5)
+    two = DimensionPruner([HeldTable(OneEngine(engine), 1, "t1")], target=0.9)
     one.start()
     two.start()
     assert engine.utility is not None
@@ -248,6 +249,6 @@ def test_two_pruners_on_one_engine_leave_each_other_alone() -> None:
 def test_two_pruners_that_measure_differently_cannot_share_an_engine(other: dict[str, Any]) -> None:
     tables = [LogicalTable(name=f"t{i}", rows=200, dim=16, chunks=4) for i in range(2)]
     engine = RoutedEmbeddings(tables, options=RoutedOptions(optimizer=FusedOptimizerSpec(kind="sgd")))
-    DimensionPruner([PrunedTable(engine, 0, "t0")], target=0.5)
+    DimensionPruner([HeldTable(OneEngine(engine), 0, "t0")], target=0.5)
     with pytest.raises(ValueError, match="t1.*collection"):
-        DimensionPruner([PrunedTable(engine, 1, "t1")], target=0.5, granularity=Granularity(**other))
+        DimensionPruner([HeldTable(OneEngine(engine), 1, "t1")], target=0.5, granularity=Granularity(**other))

@@ -1,0 +1,1 @@
+"""Tables that TorchRec shards over processes, with engines as the kernels of its lookups."""

@@ -1,0 +1,22 @@
+"""Selection by a threshold in plain PyTorch: the definition that the fast paths are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_large(
+    grad: Tensor, residual: Tensor | None, estimate: Tensor | None, factor: float, gain: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Plain twin of :func:`lightning_embcomp.kernels.threshold.select_large`."""
+    change = grad * factor
+    if estimate is not None:
+        change = change - estimate
+    message = change
+    if residual is not None:
+        residual.add_(change)
+        message = residual if gain == 1.0 else gain * residual + (1.0 - gain) * change
+    # Not `>=`: entries that are not numbers are to be found as well.
+    (indices,) = torch.nonzero(~(message.abs() < threshold), as_tuple=True)
+    return indices.to(torch.int32), message[indices]
