@@ -22,6 +22,7 @@ from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOp
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows
 
 if TYPE_CHECKING:
+    from lightning_embcomp.engine.host import EngineHost
     from lightning_embcomp.engine.routed import RoutedEmbeddings
 
 _FOR_EVER = -1
@@ -80,11 +81,11 @@ def counter_sgd_fused_params(
     }
 
 
-def use_counter_sgd(engine: RoutedEmbeddings, name: str, *, half_life: int | None, warmup_steps: int) -> None:
-    """Let FBGEMM's ``COUNTER_SGD`` train the rows of an engine that has fused SGD; does nothing the second time.
+def use_counter_sgd(host: EngineHost, name: str, *, half_life: int | None, warmup_steps: int) -> None:
+    """Let FBGEMM's ``COUNTER_SGD`` train the rows of a module that has fused SGD; does nothing the second time.
 
     Args:
-        engine: The engine; all of its tables change.
+        host: The module; all of its tables change, on every process that makes this call.
         name: Name of a table, for messages.
         half_life: As in :func:`counter_sgd_fused_params`.
         warmup_steps: As in :func:`counter_sgd_fused_params`.
@@ -92,7 +93,20 @@ def use_counter_sgd(engine: RoutedEmbeddings, name: str, *, half_life: int | Non
     Raises:
         UnsupportedOptimizerError: If the rows have no fused optimizer, or one other than SGD.
     """
-    spec = engine.options.optimizer
+    wanted = _counter_sgd(host.options.optimizer, name, half_life, warmup_steps)
+    for engine in host.engines:
+        spec = engine.options.optimizer
+        if spec is not None and spec.kind == "counter_sgd":
+            _counter_sgd(spec, name, half_life, warmup_steps)
+        else:
+            _exchange(engine, wanted)
+    host.use_options(replace(host.options, optimizer=wanted))
+
+
+def _counter_sgd(
+    spec: FusedOptimizerSpec | None, name: str, half_life: int | None, warmup_steps: int
+) -> FusedOptimizerSpec:
+    """The optimizer that takes the place of another one."""
     if spec is None:
         raise UnsupportedOptimizerError(
             f"table {name!r} is trained from configure_optimizers, where FBGEMM has no say: use backend='lean'"
@@ -109,11 +123,14 @@ def use_counter_sgd(engine: RoutedEmbeddings, name: str, *, half_life: int | Non
         weight_decay=float(spec.options.get("weight_decay", 0.0)),
     )
     del params["optimizer"]
-    wanted = FusedOptimizerSpec(kind="counter_sgd", options={**spec.options, **params})
-    if spec.kind == "counter_sgd":
-        if spec.options["counter_based_regularization"] != params["counter_based_regularization"]:
-            raise UnsupportedOptimizerError(f"table {name!r} has COUNTER_SGD with other settings already")
-        return
+    if spec.kind == "sgd":
+        return FusedOptimizerSpec(kind="counter_sgd", options={**spec.options, **params})
+    if spec.options["counter_based_regularization"] != params["counter_based_regularization"]:
+        raise UnsupportedOptimizerError(f"table {name!r} has COUNTER_SGD with other settings already")
+    return spec
+
+
+def _exchange(engine: RoutedEmbeddings, wanted: FusedOptimizerSpec) -> None:
     for rows in engine.classes:
         assert isinstance(rows, FusedRows)
         weight = rows.storages()[WEIGHT]
@@ -123,4 +140,3 @@ def use_counter_sgd(engine: RoutedEmbeddings, name: str, *, half_life: int | Non
             if key != WEIGHT:
                 storage.tensor.zero_()
         rows.adopt(rows.rows, storages)
-    engine.options = replace(engine.options, optimizer=wanted)

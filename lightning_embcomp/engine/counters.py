@@ -7,14 +7,17 @@ They live in ``engine.attached`` under :data:`COUNTER`, hence are saved, restore
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.attached import TableState
+from lightning_embcomp.engine.group import Group
+from lightning_embcomp.engine.layout import row_numbers
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.kernels.count import LOG_VALUES, decode, round_to_code, uniform
 
@@ -95,10 +98,19 @@ class RowCounters(TableState):
         settings: What is counted.
         owner: Who asked first; for the message of a conflict.
         device: Where the counters live.
+        first_row: Number of each table's first row, which seeds random bits; one table after the other by default.
     """
 
-    def __init__(self, rows: Iterable[int], settings: CounterSettings, owner: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: Iterable[int],
+        settings: CounterSettings,
+        owner: str,
+        device: torch.device,
+        first_row: Iterable[int] | None = None,
+    ) -> None:
         self.rows = tuple(rows)
+        self.first_row = tuple(accumulate(self.rows, initial=0)) if first_row is None else tuple(first_row)
         self.settings = settings
         self.owner = owner
         self.device = device
@@ -131,7 +143,7 @@ class RowCounters(TableState):
         halvings = int(self.exponent)
         for t, values in enumerate(self.values):
             if values is not None:
-                _divide(values, halvings, seed=_SWEEP_SEED + self.step, first_row=sum(self.rows[:t]))
+                _divide(values, halvings, seed=_SWEEP_SEED + self.step, first_row=self.first_row[t])
         self.halvings += halvings
 
     def counts(self, table: int, rows: Tensor | slice | None = None) -> Tensor:
@@ -157,6 +169,10 @@ class RowCounters(TableState):
         clock[0], clock[1] = self.step, self.halvings
         return {self.tensor_name: values, _CLOCK: clock}
 
+    def row_tensors(self, table: int) -> frozenset[str]:
+        """The counters."""
+        return frozenset() if self.values[table] is None else frozenset((self.tensor_name,))
+
     def table_bytes(self, table: int) -> int:
         """Bytes held for a table."""
         values = self.values[table]
@@ -164,8 +180,9 @@ class RowCounters(TableState):
 
     def restored(self) -> None:
         """Take over the clock of the checkpoint."""
-        clock = next(clock for clock in self._clocks if clock is not None)
-        self.step, self.halvings = int(clock[0]), int(clock[1])
+        clock = next((clock for clock in self._clocks if clock is not None), None)
+        if clock is not None:
+            self.step, self.halvings = int(clock[0]), int(clock[1])
 
 
 def share_counters(
@@ -187,7 +204,9 @@ def share_counters(
     """
     found = counters_of(engine)
     if found is None:
-        found = RowCounters((table.rows for table in engine.tables), settings, owner, engine.options.device)
+        found = RowCounters(
+            (table.rows for table in engine.tables), settings, owner, engine.options.device, row_numbers(engine.tables)
+        )
         engine.attach(COUNTER, found)
         engine.counting.counters = found
     if found.settings != settings:
@@ -199,6 +218,24 @@ def share_counters(
         found.watch(table)
     engine.counting.changed()
     return found
+
+
+def agree_on_time(engines: Sequence[Sequence[RoutedEmbeddings]], group: Group) -> None:
+    """Let the counters of each collection go on from one step, wherever their tables are.
+
+    Engines of a collection make the same steps, but counters that start later than others have missed some. Random
+    bits depend on the step, and a checkpoint is read by whoever holds a table then.
+
+    Args:
+        engines: Engines of this process by collection; all of them count.
+        group: The processes; all of them make this call, with the same number of collections.
+    """
+    counters = [[found for engine in mine if (found := counters_of(engine)) is not None] for mine in engines]
+    times = torch.tensor([max(((c.step, c.halvings) for c in mine), default=(0, 0)) for mine in counters])
+    latest = group.gather(times).amax(0).tolist()
+    for mine, (step, halvings) in zip(counters, latest, strict=True):
+        for found in mine:
+            found.step, found.halvings = step, halvings
 
 
 def counters_of(engine: RoutedEmbeddings) -> RowCounters | None:

@@ -60,6 +60,15 @@ class EngineHost:
         """How all rows are stored and trained."""
         raise NotImplementedError
 
+    def use_options(self, options: RoutedOptions) -> None:
+        """Take over options that the rows of all engines follow already.
+
+        Args:
+            options: The options.
+        """
+        for engine in self.engines:
+            engine.options = options
+
     def shards(self, table: int) -> tuple[TableShard, ...]:
         """What this process holds of a table; it may be nothing.
 

@@ -74,7 +74,8 @@ class RunningRates:
 class KnownFrequencies(TableState):
     r"""Step sizes from frequencies that are known: :math:`1 / \sqrt{T p}`; nothing is counted.
 
-    A row stores p over the smallest p of its table, so that one byte will do.
+    A row stores p over the smallest p of its table, so that one byte will do; parts of a table have that number in
+    common.
 
     Args:
         rows: Logical rows of each table.
@@ -89,14 +90,14 @@ class KnownFrequencies(TableState):
         self.values: dict[int, Tensor] = {}
         self.units: dict[int, Tensor] = {}
 
-    def set_table(self, table: int, frequency: Tensor) -> None:
+    def set_table(self, table: int, frequency: Tensor, unit: Tensor) -> None:
         """Set the frequencies of a table.
 
         Args:
             table: Table index.
             frequency: Lookups per step, positive, float64 ``(rows,)``.
+            unit: The smallest one of the whole table, float64 scalar.
         """
-        unit = frequency.min()
         ratio = frequency / unit
         self.values[table] = nearest_code(ratio) if self.log else ratio.float()
         self.units[table] = unit.reshape(1).clone()
@@ -121,7 +122,16 @@ class KnownFrequencies(TableState):
         """Relative frequencies and the smallest one."""
         if table not in self.values:
             return {}
-        return {"log" if self.log else "real": self.values[table], "unit": self.units[table]}
+        return {self.tensor_name: self.values[table], "unit": self.units[table]}
+
+    @property
+    def tensor_name(self) -> str:
+        """Names the encoding in checkpoints."""
+        return "log" if self.log else "real"
+
+    def row_tensors(self, table: int) -> frozenset[str]:
+        """The relative frequencies."""
+        return frozenset((self.tensor_name,)) if table in self.values else frozenset()
 
 
 @dataclass

@@ -103,7 +103,8 @@ def load(
     missing = sorted(expected - present)
     missing_keys.extend(missing)
     unexpected_keys.extend(sorted(present - expected))
-    wrong = [message for table in engine.tables if (message := _shape_error(table, source, prefix))]
+    shapes = [(table, source.get(f"{prefix}tables.{table.name}.shape")) for table in engine.tables]
+    wrong = [message for table, saved in shapes if saved is not None and (message := shape_error(table, saved))]
     if missing:
         wrong.append(f"the state of an engine is loaded as a whole, but the checkpoint lacks {missing[0]}")
     wrong = wrong or list(_damage(engine, source, prefix))
@@ -157,10 +158,8 @@ def _keys(engine: RoutedEmbeddings, prefix: str, present: set[str]) -> list[str]
     return keys
 
 
-def _shape_error(table: LogicalTable, source: dict[str, Any], prefix: str) -> str | None:
-    saved = source.get(f"{prefix}tables.{table.name}.shape")
-    if saved is None:
-        return None
+def shape_error(table: LogicalTable, saved: Tensor) -> str | None:
+    """What is wrong with the saved format version and shape of a table; None if they fit."""
     version = int(saved[0])
     if version > FORMAT_VERSION:
         return (

@@ -33,6 +33,7 @@ from lightning_embcomp.engine.host import EngineHost, TableShard
 from lightning_embcomp.engine.hosts import RoutedFusedOptimizer
 from lightning_embcomp.engine.layout import LogicalTable, row_numbers
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
+from lightning_embcomp.engine.sharded import storage
 from lightning_embcomp.engine.sharded.lookup import ReplicatedLookup, RoutedLookup
 from lightning_embcomp.engine.sharded.norms import GradientNorms
 from lightning_embcomp.engine.sharded.parts import COLUMN_WISE, ROW_WISE, check_plan, local_tables
@@ -185,6 +186,36 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """Configurations of the whole tables."""
         return self._embedding_bag_configs
+
+    def distributed_state(self) -> dict[str, Any]:
+        """Parts of this process for a distributed checkpoint; all processes call it together.
+
+        See :mod:`lightning_embcomp.engine.sharded.storage`.
+        """
+        return storage.distributed_state(self)
+
+    def load_distributed_state(self, prefix: str, reader: storage.Reader) -> None:
+        """Bring the parts of this process to a saved state; see :mod:`lightning_embcomp.engine.sharded.storage`.
+
+        Args:
+            prefix: Path of the module in the checkpoint, with a dot at its end.
+            reader: The checkpoint.
+
+        Raises:
+            StateError: If the checkpoint does not fit.
+        """
+        storage.load_distributed_state(self, prefix, reader)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Rate of the next step of the fused optimizer; None if this process holds no rows."""
+        return self._fused[0].rate if self._fused else None
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the fused optimizer."""
+        for engine, optimizer in zip(self.engines, self._fused, strict=True):
+            engine.set_learning_rate(rate)
+            optimizer.pull_rate()
 
     @property
     def fused_optimizers(self) -> Sequence[FusedOptimizer]:
