@@ -65,7 +65,6 @@ class Call:
             return None
         return counting.count(self.indices, self.offsets, self.layout, moving=self.training, deferred=deferred)
 
-
     def _whole_norms(self) -> Tensor | None:
         """Norms of the gradients of whole rows, per id of each bag, where the engine sees some columns only."""
         found = None if self.engine.whole_norms is None else self.engine.whole_norms()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
@@ -37,6 +38,7 @@ from lightning_embcomp.engine.sharded import storage
 from lightning_embcomp.engine.sharded.lookup import ReplicatedLookup, RoutedLookup
 from lightning_embcomp.engine.sharded.norms import GradientNorms
 from lightning_embcomp.engine.sharded.parts import COLUMN_WISE, ROW_WISE, check_plan, local_tables
+from lightning_embcomp.engine.sharded.whole import WholeReader
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,7 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
             ctx.divisor = {name: features[feature].lengths() for name, feature in self._summed.items()}
         return super().input_dist(ctx, features)
 
-    def compute_and_output_dist(
-        self, ctx: EmbeddingBagCollectionContext, input: KJTList
-    ) -> LazyAwaitable[KeyedTensor]:
+    def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """See TorchRec; gradients of tables that are cut by columns are measured on their way back."""
         awaitable = super().compute_and_output_dist(ctx, input)
         return self._finished(ctx, awaitable)
@@ -205,6 +205,20 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
             StateError: If the checkpoint does not fit.
         """
         storage.load_distributed_state(self, prefix, reader)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Read the rows of this process from the state of the unsharded module, compressed or plain.
+
+        Args:
+            state_dict: The whole state dict.
+            strict: Has no effect: tables are loaded as a whole.
+            assign: Has no effect: rows are copied.
+
+        Raises:
+            StateError: If the state does not fit.
+        """
+        storage.load_distributed_state(self, "", WholeReader(state_dict, self.logical_tables))
+        return _IncompatibleKeys([], [])
 
     @property
     def learning_rate(self) -> float | None:
@@ -278,6 +292,9 @@ class RoutedBagsSharder(EmbeddingBagCollectionSharder):
         spec: How its tables are stored.
         codecs: Codecs for what is exchanged, by operation.
     """
+
+    carries_weights = True
+    """Whoever asks for engines fills their tables: rows that are not stored need no values."""
 
     def __init__(self, spec: ShardedSpec, codecs: Mapping[str, QuantizedCommCodecs] | None = None) -> None:
         super().__init__(qcomm_codecs_registry=None if codecs is None else dict(codecs))

@@ -67,9 +67,7 @@ class ReplicatedLookup(RoutedLookup):
         is_weighted: Whether batches carry per-sample weights.
     """
 
-    def __init__(
-        self, parts: Sequence[LocalTable], options: RoutedOptions, group: Group, *, is_weighted: bool
-    ) -> None:
+    def __init__(self, parts: Sequence[LocalTable], options: RoutedOptions, group: Group, *, is_weighted: bool) -> None:
         super().__init__(parts, options, is_weighted=is_weighted)
         self.group = group
 
