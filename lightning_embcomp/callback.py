@@ -19,6 +19,7 @@ from lightning_embcomp.engine.layout import ChunkLayout
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.sharded.collection import RoutedBagsSharder
 from lightning_embcomp.errors import NonFiniteLossError
+from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.surgery import build_host, fill, replace, sharded_spec
 from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
 
@@ -177,6 +178,17 @@ class CompressionCallback(pl.Callback):
                 " learning rate, or look for bad values in the batch"
             )
 
+    def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
+        """What the method keeps of its tables in training, from its settings alone, for sharding plans.
+
+        Args:
+            tables: The tables that the callback works on.
+
+        Returns:
+            Footprints by unique table name, without the router, which every table in an engine has.
+        """
+        return {table.name: TableFootprint() for table in tables}
+
 
 @contextmanager
 def _unbuilt_on_error(pl_module: pl.LightningModule) -> Iterator[None]:
@@ -288,16 +300,13 @@ def _install(
             replace(pl_module, host.path, build_host(host, cuts, pl_module.device))
     elif wanted:
         device = trainer.strategy.root_device
-        specs = {
-            host.path: sharded_spec(host, cuts, device)
-            for host in wanted
-            if any(table.name in claimed for table in host.tables)
-        }
+        wanted = [host for host in wanted if any(table.name in claimed for table in host.tables)]
+        specs = {host.path: sharded_spec(host, cuts, device) for host in wanted}
         codecs = getattr(strategy, "codec_registry", None)
         strategy.shard(
-            pl_module, lambda path, module: RoutedBagsSharder(specs[path], codecs) if path in specs else None
+            pl_module,
+            lambda path, module: RoutedBagsSharder(specs[path], type(module), codecs) if path in specs else None,
         )
-        wanted = [host for host in wanted if host.path in specs]
     for host in wanted:
         _start(pl_module.get_submodule(host.path), host, cuts)
 

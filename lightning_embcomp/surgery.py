@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
@@ -25,7 +25,7 @@ from lightning_embcomp.engine.layout import PLAIN_TABLE, ChunkLayout, LogicalTab
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
-from lightning_embcomp.engine.sharded.collection import ShardedSpec
+from lightning_embcomp.engine.sharded.collection import ShardedRoutedBags, ShardedSpec
 from lightning_embcomp.tables import PLAIN_HOSTS, HostView, TableView, in_backward_optimizer
 
 _ROUTED_HOSTS = (RoutedEmbeddingBagCollection, RoutedEmbeddingCollection, RoutedEmbeddingBag, RoutedEmbedding)
@@ -75,10 +75,11 @@ def sharded_spec(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], de
         UnsupportedTableError: Beside what :func:`build_host` refuses, if TorchRec cannot shard the module, or its rows
             are trained by an optimizer of ``configure_optimizers``.
     """
-    if type(host.module) is not EmbeddingBagCollection:
+    if type(host.module) not in (EmbeddingBagCollection, FusedEmbeddingBagCollection):
         raise UnsupportedTableError(
             f"{host.path!r} is a {type(host.module).__name__}; of the modules that TorchRec shards, only"
-            " EmbeddingBagCollection can be compressed. Leave it out of the callback, or train with one process"
+            " EmbeddingBagCollection and FusedEmbeddingBagCollection can be compressed. Leave it out of the callback,"
+            " or train with one process"
         )
     logical, options = _stored(host, cuts, device)
     if options.optimizer is None:
@@ -127,28 +128,40 @@ def part_of(weight: Tensor, table: LogicalTable) -> Tensor:
     return weight[row : row + table.rows, column : column + table.dim]
 
 
-def _initialise(shard: TableShard, init: Callable[[Tensor], Any]) -> None:
+def _initialise(shard: TableShard, init: Callable[[Tensor], Any], *, again: bool = False) -> None:
     part = shard.logical.shard
     if part is None:
         shard.engine.initialise(shard.index, init)
         return
     # Copies of rows draw the same numbers, other parts others; the state of the generator stays equal everywhere.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hash((torch.initial_seed(), part.number, part.first_column)) & 0x7FFFFFFF)
+        seed = hash((torch.initial_seed(), part.number, part.first_column, *([again] if again else [])))
+        torch.manual_seed(seed & 0x7FFFFFFF)
         shard.engine.initialise(shard.index, init)
 
 
-def reinitialise(routed: RoutedHost, table: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def table_configs(routed: EngineHost) -> Sequence[EmbeddingBagConfig | EmbeddingConfig] | None:
+    """TorchRec's configurations of the tables of a collection; None for a table outside collections."""
+    if isinstance(routed, RoutedEmbeddingBagCollection | ShardedRoutedBags):
+        return routed.embedding_bag_configs()
+    return routed.embedding_configs() if isinstance(routed, RoutedEmbeddingCollection) else None
+
+
+def reinitialise(routed: EngineHost, table: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Give the live rows of a table new initial values, with zero optimizer state.
+
+    Shards draw numbers of their own, other ones than when they were filled.
 
     Args:
         routed: Module that holds the table.
         table: Index of the table.
         optimizers: The user's optimizers.
     """
-    configs: list[EmbeddingBagConfig] | None = getattr(routed, "_configs", None)
-    routed.engine.initialise(table, nn.init.normal_ if configs is None else _configured_initialiser(configs[table]))
-    routed.engine.clear_row_state(table, optimizers)
+    configs = table_configs(routed)
+    init = nn.init.normal_ if configs is None else _configured_initialiser(configs[table])
+    for shard in routed.shards(table):
+        _initialise(shard, init, again=True)
+        shard.engine.clear_row_state(shard.index, optimizers)
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -329,6 +342,6 @@ def _initialiser(host: HostView, table: TableView) -> Callable[[Tensor], Any]:
     return _configured_initialiser(config)
 
 
-def _configured_initialiser(config: EmbeddingBagConfig) -> Callable[[Tensor], Any]:
+def _configured_initialiser(config: EmbeddingBagConfig | EmbeddingConfig) -> Callable[[Tensor], Any]:
     assert config.init_fn is not None  # TorchRec sets a uniform one where none is given
     return config.init_fn

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
@@ -286,19 +286,36 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
 
 
 class RoutedBagsSharder(EmbeddingBagCollectionSharder):
-    """Shards one ``EmbeddingBagCollection`` into engines.
+    """Shards one ``EmbeddingBagCollection`` or ``FusedEmbeddingBagCollection`` into engines.
 
     Args:
         spec: How its tables are stored.
+        module_type: Type of the collection.
         codecs: Codecs for what is exchanged, by operation.
     """
 
     carries_weights = True
     """Whoever asks for engines fills their tables: rows that are not stored need no values."""
 
-    def __init__(self, spec: ShardedSpec, codecs: Mapping[str, QuantizedCommCodecs] | None = None) -> None:
+    def __init__(
+        self,
+        spec: ShardedSpec,
+        module_type: type[nn.Module] = EmbeddingBagCollection,
+        codecs: Mapping[str, QuantizedCommCodecs] | None = None,
+    ) -> None:
         super().__init__(qcomm_codecs_registry=None if codecs is None else dict(codecs))
         self.spec = spec
+        self._module_type = module_type
+
+    @property
+    def module_type(self) -> Any:  # noqa: ANN401 - narrower in TorchRec, whose planner takes both
+        """Type of the collection."""
+        return self._module_type
+
+    def shardable_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Weights by table name."""
+        state = module.state_dict(keep_vars=True)
+        return {key.split(".")[-2]: weight for key, weight in state.items() if key.endswith(".weight")}
 
     def shard(
         self,
@@ -317,7 +334,12 @@ class RoutedBagsSharder(EmbeddingBagCollectionSharder):
             ShardingType.TABLE_WISE.value,
             ShardingType.ROW_WISE.value,
             ShardingType.COLUMN_WISE.value,
+            ShardingType.DATA_PARALLEL.value,
         ]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """The engine, which TorchRec knows by the name of the fused kernel."""
+        return [EmbeddingComputeKernel.FUSED.value]
 
 
 def _averaged(pooled: KeyedTensor, lengths: Mapping[str, Tensor]) -> KeyedTensor:
