@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from lightning_embcomp.checkpoints.consolidation import consolidate
+from lightning_embcomp.engine.sharded.whole import whole_tables
 from lightning_embcomp.report.checkpoint import CheckpointError
 
 
@@ -35,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
         Exit status: 0, or 2 if the checkpoint cannot be read or the file not written.
     """
     try:
-        out = consolidate(args.checkpoint, args.out, weights_only=not args.trust, overwrite=args.overwrite)
+        out = consolidate(
+            args.checkpoint, args.out, convert=whole_tables, weights_only=not args.trust, overwrite=args.overwrite
+        )
     except (CheckpointError, OSError) as error:
         hint = " (--trust)" if "weights_only=False" in str(error) else ""
         print(f"embcomp consolidate: error: {error}{hint}", file=sys.stderr)

@@ -66,7 +66,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise CheckpointError("this is a folder; a single checkpoint file is needed", path=path)
+        raise CheckpointError(
+            "this is a folder, and one file is needed: bring the checkpoint of a sharded run into one with 'embcomp"
+            " consolidate'",
+            path=path,
+        )
     if not path.exists():
         raise CheckpointError("there is no such file", path=path)
     try:

@@ -16,14 +16,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp.data import ClickLogDataModule
 from lightning_embcomp.engine.host import EngineHost
-from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.layout import LogicalTable, Shard
 from lightning_embcomp.models import ClickModel
 from lightning_embcomp.strategies import TorchRecStrategy
+from lightning_embcomp.strategies.weights import local_pieces
 from lightning_embcomp.surgery import part_of
 from tests.conformance.cases import CASES, data, trainer
 
 STEPS, ROWS = 50, 128
-COLUMN_WISE = "column_wise"
 Batch = tuple[torch.Tensor, KeyedJaggedTensor, torch.Tensor]
 
 
@@ -84,71 +84,117 @@ def module(name: str, optimizer: str, source: ShareDataModule) -> ClickModel:
     return built
 
 
-def fit(name: str, optimizer: str, source: ShareDataModule, strategy: Any, **settings: Any) -> tuple[ClickModel, Any]:
+def fit(
+    name: str, optimizer: str, source: ShareDataModule, strategy: Any, ckpt_path: Path | None = None, **settings: Any
+) -> tuple[ClickModel, pl.Trainer]:
     found = module(name, optimizer, source)
     callbacks = [] if name == "plain" else [CASES[name].active()]
     runner = trainer(*callbacks, strategy=strategy, use_distributed_sampler=False, **settings)
-    runner.fit(found, datamodule=source)
+    runner.fit(found, datamodule=source, ckpt_path=ckpt_path)
     return found, runner
+
+
+def fit_sharded(
+    name: str, optimizer: str, kind: str, source: ShareDataModule, **settings: Any
+) -> tuple[ClickModel, pl.Trainer]:
+    sharding: Any = {"*": kind}
+    if kind == "mixed":
+        first, second = (feature.name for feature in source.features[:2])
+        sharding = {f"*{first}": "row_wise", f"*{second}": "column_wise", "*": "table_wise"}
+    strategy = TorchRecStrategy(sharding=sharding, timeout=timedelta(seconds=100))
+    return fit(name, optimizer, source, strategy, devices=int(os.environ["WORLD_SIZE"]), **settings)
 
 
 def host_of(model: torch.nn.Module) -> Any:
     return next(part for part in model.modules() if isinstance(part, EngineHost))
 
 
-def compare(name: str, optimizer: str, kind: str, source: ShareDataModule, reference: Path) -> dict[str, Any]:
-    """Largest difference of the rows of this process, and of the dense parameters, from an unsharded run."""
-    sharding: Any = (
-        {"*": kind} if kind != "mixed" else {"t_0": "row_wise", "t_1": COLUMN_WISE, "*": "table_wise"}
-    )
-    if kind == "mixed":
-        names = [feature.name for feature in source.features]
-        sharding = {f"*{names[0]}": "row_wise", f"*{names[1]}": COLUMN_WISE, "*": "table_wise"}
-    strategy = TorchRecStrategy(sharding=sharding, timeout=timedelta(seconds=100))
-    found, _ = fit(name, optimizer, source, strategy, devices=dist_world())
-    wanted = torch.load(reference, weights_only=False)
-    worst = 0.0
-    for key, value in found.model.named_parameters():
-        if "embedding_bag" not in key:
-            worst = max(worst, float((value - wanted["dense"][key]).abs().max()))
-    result: dict[str, Any] = {"dense": worst, "rows": 0.0, "codes": 0}
-    host = host_of(found)
-    for t in range(len(host.logical_tables)):
-        for shard in host.shards(t):
-            rows = shard.engine.read_rows(shard.index, 0, shard.logical.rows)
-            whole = part_of(wanted["tables"][t], shard.logical)
-            result["rows"] = max(result["rows"], float((rows - whole).abs().max()) if rows.numel() else 0.0)
-            result["codes"] += int(((rows == 0) != (whole == 0)).sum())
-    return result
+def dense_of(found: ClickModel) -> dict[str, torch.Tensor]:
+    assert found.model is not None
+    return {k: v.detach() for k, v in found.model.named_parameters() if "embedding_bag" not in k}
 
 
-def dist_world() -> int:
-    return int(os.environ["WORLD_SIZE"])
+def tables_of(found: ClickModel) -> Iterator[tuple[int, LogicalTable, torch.Tensor]]:
+    """Index, part and rows of what this process holds of each table."""
+    host = next((part for part in found.modules() if isinstance(part, EngineHost)), None)
+    if host is not None:
+        for t in range(len(host.logical_tables)):
+            for shard in host.shards(t):
+                yield t, shard.logical, shard.engine.read_rows(shard.index, 0, shard.logical.rows)
+        return
+    state = {key: value for key, value in found.state_dict().items() if "embedding_bags" in key}
+    for t, value in enumerate(state.values()):
+        for (row, column), rows in local_pieces(value):
+            whole = Shard(rows=value.shape[0], dim=value.shape[1], first_row=row, first_column=column)
+            yield t, LogicalTable(name="t", rows=rows.shape[0], dim=rows.shape[1], shard=whole), rows
+
+
+def differences(found: ClickModel, wanted: dict[str, Any]) -> dict[str, float]:
+    """Largest differences of what this process holds from an unsharded run."""
+    worst = {"dense": 0.0, "rows": 0.0, "stored": 0.0}
+    for key, value in dense_of(found).items():
+        worst["dense"] = max(worst["dense"], float((value - wanted["dense"][key]).abs().max()))
+    for t, part, rows in tables_of(found):
+        if rows.numel():
+            whole = part_of(wanted["tables"][t], part)
+            worst["rows"] = max(worst["rows"], float((rows - whole).abs().max()))
+            worst["stored"] += float(((rows == 0) != (whole == 0)).sum())
+    return worst
+
+
+def bits_of(found: ClickModel) -> list[torch.Tensor]:
+    """Everything that this process holds of the tables."""
+    tensors = []
+    for engine in host_of(found).engines:
+        tensors += [storage.tensor for rows in engine.classes for storage in rows.storages().values()]
+        tensors.append(engine.router.tensors.words)
+        if engine.utility is not None:
+            tensors += [engine.utility.values, engine.utility.gain]
+        for state in engine.attached.values():
+            tensors += state.held(len(engine.tables))
+    return [tensor.clone() for tensor in tensors] + [value.clone() for value in dense_of(found).values()]
 
 
 def reference(name: str, optimizer: str, source: ShareDataModule, path: Path) -> None:
-    found, _ = fit(name, optimizer, source, "auto", devices=1)
-    host: RoutedHost = host_of(found)
-    torch.save(
-        {
-            "tables": [host.engine.read_rows(t, 0, table.rows) for t, table in enumerate(host.logical_tables)],
-            "dense": {k: v.detach() for k, v in found.model.named_parameters() if "embedding_bag" not in k},
-        },
-        path,
-    )
+    """One process on the whole batches, for one epoch and for two."""
+    for epochs in (1, 2):
+        found, _ = fit(name, optimizer, source, "auto", devices=1, max_epochs=epochs)
+        tables = [rows for _, _, rows in tables_of(found)]
+        torch.save({"tables": tables, "dense": dense_of(found)}, path.with_suffix(f".{epochs}.pt"))
+
+
+def run(what: str, spec: str, source: ShareDataModule, folder: Path) -> Any:
+    """Run one spec ``callback:optimizer[:sharding]``."""
+    name, optimizer, *rest = spec.split(":")
+    kind = rest[0] if rest else ""
+    path = folder / f"{name}-{optimizer}"
+    checkpoint = folder / f"{name}-{optimizer}-{kind}.ckpt"
+    rank = os.environ["RANK"]
+    if what == "reference":
+        return reference(name, optimizer, source, path)
+    if what == "compare":
+        found, _ = fit_sharded(name, optimizer, kind, source)
+        return differences(found, torch.load(path.with_suffix(".1.pt")))
+    if what == "save":
+        _, runner = fit_sharded(name, optimizer, kind, source)
+        runner.save_checkpoint(checkpoint)
+        through, _ = fit_sharded(name, optimizer, kind, source, max_epochs=2)
+        torch.save(bits_of(through), checkpoint.with_suffix(f".{rank}.pt"))
+        return differences(through, torch.load(path.with_suffix(".2.pt")))
+    assert what == "resume"
+    saved = folder / f"{name}-{optimizer}-{rest[1]}.ckpt"
+    found, _ = fit_sharded(name, optimizer, kind, source, max_epochs=2, ckpt_path=saved)
+    if rest[1] == kind and len(rest) == 3:
+        wanted = torch.load(saved.with_suffix(f".{rank}.pt"))
+        assert len(wanted) == len(bits_of(found))
+        assert all(torch.equal(a, b) for a, b in zip(bits_of(found), wanted, strict=True))
+    return differences(found, torch.load(path.with_suffix(".2.pt")))
 
 
 if __name__ == "__main__":
-    what, folder, file, *runs = sys.argv[1:]
-    clicks = ShareDataModule(folder)
-    said = {}
-    for run in runs:
-        name, optimizer, *kind = run.split(":")
-        path = Path(file) / f"{name}-{optimizer}.pt"
-        if what == "reference":
-            reference(name, optimizer, clicks, path)
-        else:
-            said[run] = compare(name, optimizer, kind[0], clicks, path)
+    action, log, file, *specs = sys.argv[1:]
+    clicks = ShareDataModule(log)
+    said = {spec: run(action, spec, clicks, Path(file)) for spec in specs}
     print("RESULT", json.dumps(said), flush=True)
     if dist.is_initialized():
         dist.barrier()

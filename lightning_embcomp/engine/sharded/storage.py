@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lightning_embcomp.checkpoints import COMPRESSED
 from lightning_embcomp.checkpoints.slices import Slices
 from lightning_embcomp.engine.attached import TableState
 from lightning_embcomp.engine.host import TableShard
@@ -33,6 +34,8 @@ from lightning_embcomp.engine.state import FORMAT_VERSION, LAYOUTS, shape_error
 if TYPE_CHECKING:
     from lightning_embcomp.engine.sharded.collection import ShardedRoutedBags
 
+PREFIX = COMPRESSED
+"""Before the names of what engines save: their path and a slash follow, then the keys below."""
 _SLAB = 1 << 22  # rows whose codes are read at a time
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from lightning_embcomp.checkpoints.slices import Slices, as_slices
 from lightning_embcomp.engine import planes
 from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.sharded.storage import PREFIX, Reader
+from lightning_embcomp.engine.state import LAYOUTS
 
 
 class WholeReader:
@@ -66,3 +68,40 @@ class WholeReader:
             for offsets, piece in wanted.pieces:
                 place = tuple(slice(first, first + size) for first, size in zip(offsets, piece.shape, strict=True))
                 piece.copy_(self._state[name][place])
+
+
+def whole_tables(reader: Reader) -> dict[str, Tensor]:
+    """Bring the tables of a distributed checkpoint to the state dict of engines in one process.
+
+    Of tables that were cut by columns, state per row is the mean over the parts.
+
+    Args:
+        reader: The checkpoint.
+
+    Returns:
+        Entries of the module's state dict.
+
+    Example:
+        >>> from lightning_embcomp.engine.sharded.storage import PREFIX
+        >>> whole_tables(WholeReader({f"{PREFIX}bags/engine.steps": torch.tensor([3, 0])}, []))
+        {'bags.engine.steps': tensor([3, 0])}
+    """
+    found: dict[str, Tensor] = {}
+    for name in sorted(name for name in reader.keys() if name.startswith(PREFIX)):  # noqa: SIM118 - not a mapping
+        tensor = torch.empty(reader.shape(name), dtype=reader.dtype(name))
+        reader.read_into({name: tensor})
+        path, _, key = name.removeprefix(PREFIX).rpartition("/")
+        kind = key.rpartition(".")[2]
+        if kind == "row_codes":
+            shape = torch.empty(5, dtype=torch.int64)
+            reader.read_into({name.removesuffix("row_codes") + "shape": shape})
+            codes = shape[3] + 1 if LAYOUTS[int(shape[4])] == "prefix" else 2 ** shape[3]
+            key, tensor = key.removesuffix("row_codes") + "codes", planes.encode(tensor, (int(codes) - 1).bit_length())
+        elif kind == "gain" and tensor.dim() == 2:
+            tensor = tensor.sum(0)
+        elif ".rows." in key and kind == "momentum1":
+            # One value per row, or per weight; of cut tables one per row and chunk.
+            weight = reader.shape(name.removesuffix("momentum1") + "weight")
+            tensor = tensor.mean(1) if tensor.dim() == 2 and tensor.shape != weight else tensor
+        found[f"{path}.{key}" if path else key] = tensor
+    return found
