@@ -51,12 +51,13 @@ from benchmarks.quality import (
 from benchmarks.speed import look_up, zipf_ids
 from lightning_embcomp import CounterSettings, FrequencyAwareLR
 from lightning_embcomp.data import ClickLogDataModule
+from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.frequency_lr.config import Form
-from lightning_embcomp.methods.frequency_lr.module import FrequencyRates, RatedTable
+from lightning_embcomp.methods.frequency_lr.module import FrequencyRates
 from lightning_embcomp.models import ClickModel
 from lightning_embcomp.models.collections import EmbeddingOptimizer
 
@@ -303,7 +304,8 @@ def sgd_engine(tables: int, rows: int, dim: int, counter: str | None) -> RoutedE
         engine.initialise(t, lambda weight: weight.uniform_(-0.01, 0.01))
     if counter is not None:
         form, settings = COUNTERS[counter]
-        rated = [RatedTable(engine, t, f"t{t}") for t in range(tables)]
+        host = OneEngine(engine)
+        rated = [HeldTable(host, t, f"t{t}") for t in range(tables)]
         FrequencyRates(rated, form=form, counter=settings, max_rate=None, owner="benchmark")  # type: ignore[arg-type]
     return engine
 

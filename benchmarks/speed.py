@@ -33,12 +33,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.machine import describe, peak_rss, reset_peak_rss, rss
 from lightning_embcomp import CompressionCallback
+from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.memory import engine_bytes
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.fiited.callback import DimensionPruning
-from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.methods.fiited.module import DimensionPruner
 from lightning_embcomp.models import ClickModel
 

@@ -15,6 +15,7 @@ from lightning_embcomp.kernels.types import BagLayout
 
 from .cases import LARGE, Case, make_case, threads
 
+PARTS = tuple(LogicalTable(name=f"t{t}", rows=10, dim=4) for t in range(3))
 ENCODING = {torch.uint8: 1, torch.int32: 2, torch.float32: 3}
 
 
@@ -101,6 +102,22 @@ def test_threads_do_not_change_a_bit() -> None:
             count_rows(row_counts(tables, occurrences=True), LARGE.ids_tensor(), LARGE.offsets_tensor(), LARGE.layout())
         results.append(tables)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_parts_of_one_table_count_alike(backend: str, dtype: torch.dtype) -> None:
+    """Parts with other columns of the same rows have the same row numbers, hence the same random bits."""
+    tables: list[Tensor | None] = [torch.full((t.rows,), 20, dtype=dtype) for t in PARTS]
+    case = make_case(PARTS, (0, 1, 2), (False,) * 3, batch_size=64)
+    ids = torch.arange(64).remainder(7)
+    counts = replace(row_counts(tables, 3.0, occurrences=True), first_row=torch.tensor([40, 40, 50]))
+    count_rows(counts, ids.repeat(3), torch.arange(3 * 64 + 1), case.layout())
+    first, second, other = (t for t in tables if t is not None)
+    assert torch.equal(first, second)
+    assert bool((first[:7] > 20).all()) and bool((first[7:] == 20).all())
+    if dtype == torch.int32:
+        assert first[:7].tolist() == [20 + 3 * int((ids == row).sum()) for row in range(7)]
+        assert torch.equal(first, other)
 
 
 def test_log_codes_reach_a_thousand_million() -> None:

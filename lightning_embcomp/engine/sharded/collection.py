@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -250,6 +250,11 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
     def options(self) -> RoutedOptions:
         """How all rows are stored and trained."""
         return self.spec.options
+
+    def use_options(self, options: RoutedOptions) -> None:
+        """See :meth:`lightning_embcomp.engine.host.EngineHost.use_options`."""
+        super().use_options(options)
+        self.__dict__["spec"] = replace(self.spec, options=options)
 
     def shards(self, table: int) -> tuple[TableShard, ...]:
         """Parts of a table that this process holds."""

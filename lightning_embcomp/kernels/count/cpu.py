@@ -77,6 +77,7 @@ def _count(
     address: Any,
     encoding: Any,
     first_row: Any,
+    start: Any,
     increment: Any,
     occurrences: Any,
     seed: Any,
@@ -103,7 +104,7 @@ def _count(
             if increment[table] == 0.0:
                 continue
             for i in range(offsets[bag_start[feature]], offsets[bag_start[feature + 1]]):
-                key = first_row[table] + ids[i]
+                key = start[table] + ids[i]
                 mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
                 if threads > 1 and np.int64((mixed >> np.uint64(56)) % np.uint64(threads)) != thread:
                     continue
@@ -125,23 +126,26 @@ def _count(
             if row + _AHEAD < rows:
                 near = row_table[row + _AHEAD]
                 size = 1 if encoding[near] == 1 else 4
-                prefetch_address(address[near] + (row_key[row + _AHEAD] - first_row[near]) * size)
+                prefetch_address(address[near] + (row_key[row + _AHEAD] - start[near]) * size)
             table = row_table[row]
             added = increment[table]
             if occurrences[table]:
                 added *= row_times[row]
-            number = row_key[row] - first_row[table]
-            advance(address[table], number, encoding[table], added, seed, row_key[row], values)
+            number = row_key[row] - start[table]
+            advance(address[table], number, encoding[table], added, seed, first_row[table] + number, values)
 
 
 def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagLayout) -> None:
     """Numba twin of :func:`lightning_embcomp.kernels.count.reference.count_rows`."""
     threads = threads_for(indices.numel(), _IDS_PER_THREAD)
+    # First rows do not tell tables apart: two parts of one table may hold other columns of the same rows.
+    rows = [0 if stored is None else stored.numel() for stored in counts.tables]
     _count(
         threads,
         counts.address.numpy(),
         counts.encoding.numpy(),
         counts.first_row.numpy(),
+        np.cumsum([0, *rows]),
         counts.increment.numpy(),
         counts.occurrences.numpy(),
         int(counts.seed),

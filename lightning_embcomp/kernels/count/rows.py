@@ -19,7 +19,8 @@ class RowCounts:
         tables: Counters of each table, uint8 (log codes), int32 or float32, ``(rows,)``; None for tables without.
         address: Where they are in memory, int64 ``(T,)``; 0 for tables without.
         encoding: Number of the encoding, int64 ``(T,)``, see :mod:`lightning_embcomp.kernels.count.encoding`.
-        first_row: Number of each table's first row, int64 ``(T,)``; random bits are a hash of it and the seed.
+        first_row: Number of each table's first row, int64 ``(T,)``; random bits are a hash of the row's number and the
+            seed. Parts of one table that hold other columns of the same rows have the same number.
         increment: What a lookup adds, float64 ``(T,)``; 0 leaves the counters of the table as they are.
         occurrences: 1 to add it for each occurrence, 0 for each distinct row of the batch, int64 ``(T,)``.
         gain: float32 ``(T,)``; 0 keeps the plain rate.

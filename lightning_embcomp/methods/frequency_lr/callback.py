@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_embcomp.callback import CompressionCallback, SetupError, check_fused_settings
 from lightning_embcomp.composition import Property
 from lightning_embcomp.engine.counters import CounterSettings
+from lightning_embcomp.engine.host import EngineHost, HeldTable
 from lightning_embcomp.engine.row_class import FusedRows, TrainedRows
+from lightning_embcomp.methods.frequency_lr.agreement import refused_together
 from lightning_embcomp.methods.frequency_lr.config import (
     BACKENDS,
     FORMS,
@@ -23,13 +25,17 @@ from lightning_embcomp.methods.frequency_lr.config import (
     check_choice,
     check_positive,
 )
+from lightning_embcomp.methods.frequency_lr.fbgemm import FbgemmRates
 from lightning_embcomp.methods.frequency_lr.frequencies import (
     checked_counts,
     counts_from_datamodule,
     counts_from_file,
 )
-from lightning_embcomp.methods.frequency_lr.module import FbgemmRates, FrequencyRates, RatedTable
+from lightning_embcomp.methods.frequency_lr.module import FrequencyRates
 from lightning_embcomp.methods.frequency_lr.sharded import ShardedRates, build_sharded, select_sharded
+from lightning_embcomp.planners.footprint import TableFootprint
+from lightning_embcomp.surgery import table_configs
+from lightning_embcomp.tables import TableView
 
 
 class FrequencyAwareLR(CompressionCallback):
@@ -43,7 +49,8 @@ class FrequencyAwareLR(CompressionCallback):
     * ``horizon``: :math:`m_k = \sqrt{t / (T N_k)}` at step t of T (CF-SGD as published);
     * ``known``: :math:`m_k = 1 / \sqrt{T p_k}` with frequencies known before training (FA-SGD).
 
-    The tables must be trained by SGD, fused into the backward pass or from ``configure_optimizers``. Tables that the
+    The tables must be trained by SGD, fused into the backward pass or from ``configure_optimizers``. A
+    strategy may shard them over processes: the rates are those of one process with the global batch. Tables that the
     module has sharded with TorchRec by itself are trained by FBGEMM's ``COUNTER_SGD`` (``backend="fbgemm"``).
 
     Logged every ``log_every_n_steps``: ``frequency_lr/rate_decile_0`` to ``_9`` (mean rate of the rarest to the most
@@ -77,6 +84,7 @@ class FrequencyAwareLR(CompressionCallback):
     """
 
     owns: ClassVar[Property] = "learning_rate"
+    follows_shards: ClassVar[bool] = True
     changes_values: ClassVar[bool] = False
 
     def __init__(
@@ -135,13 +143,14 @@ class FrequencyAwareLR(CompressionCallback):
 
     def on_tables_ready(self, fresh: bool) -> None:
         """Start counters and tell the engines where step sizes come from."""
-        tables = [RatedTable(owned.host.engine, owned.index, owned.name) for owned in self.owned]
         if self.backend == "fbgemm":
             half_life = None if self.counter.half_life is None else int(self.counter.half_life)
-            self.rates = FbgemmRates(tables, half_life=half_life, warmup_steps=self.warmup_steps, owner=self.state_key)
+            self.rates = FbgemmRates(
+                self.owned, half_life=half_life, warmup_steps=self.warmup_steps, owner=self.state_key
+            )
             return
         self.rates = FrequencyRates(
-            tables, form=self.form, counter=self.counter, max_rate=self.max_rate, owner=self.state_key
+            self.owned, form=self.form, counter=self.counter, max_rate=self.max_rate, owner=self.state_key
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,10 +159,8 @@ class FrequencyAwareLR(CompressionCallback):
             check_fused_settings(trainer, self.state_key)
             return
         super().on_fit_start(trainer, pl_module)
-        for owned in self.owned:
-            for rows in owned.host.engine.classes:
-                if isinstance(rows, TrainedRows):
-                    self._check_optimizer(trainer, rows, owned.name)
+        for rows, table in self._trained_rows():
+            self._check_optimizer(trainer, rows, table.name)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how long the run is and how frequent rows are, where the form asks for it."""
@@ -171,10 +178,8 @@ class FrequencyAwareLR(CompressionCallback):
         super().on_before_backward(trainer, pl_module, loss)
         if self.max_rate is None:
             return
-        for owned in self.owned:
-            for rows in owned.host.engine.classes:
-                if isinstance(rows, TrainedRows):
-                    rows.learning_rate = _rate(trainer, rows)
+        for rows, _ in self._trained_rows():
+            rows.learning_rate = _rate(trainer, rows)
 
     def on_train_batch_end(
         self,
@@ -192,7 +197,7 @@ class FrequencyAwareLR(CompressionCallback):
         if self.sharded is not None:
             deciles, held = self.sharded.rate_deciles(), self.sharded.bytes_per_row()
         elif self.rates is not None:
-            deciles = self.rates.rate_deciles([_table_rate(trainer, owned.host.engine.classes) for owned in self.owned])
+            deciles = self.rates.rate_deciles([_table_rate(trainer, owned.host) for owned in self.owned])
             held = self.rates.bytes_per_row()
         else:
             return
@@ -224,6 +229,13 @@ class FrequencyAwareLR(CompressionCallback):
                     f" {name}={mine.get(name)!r}. Use the saved settings"
                 )
 
+    def _trained_rows(self) -> Iterator[tuple[TrainedRows, HeldTable]]:
+        """Rows that ``configure_optimizers`` trains, and their tables."""
+        for owned in self.owned:
+            for rows in (rows for engine in owned.host.engines for rows in engine.classes):
+                if isinstance(rows, TrainedRows):
+                    yield rows, owned
+
     def _planned_steps(self, trainer: pl.Trainer) -> int:
         planned = trainer.estimated_stepping_batches
         if not math.isfinite(planned):
@@ -241,18 +253,20 @@ class FrequencyAwareLR(CompressionCallback):
                 f"{self.state_key}: form='known' needs the number of batches per epoch, which an iterable data set"
                 " without length does not tell. Give limit_train_batches to the trainer, or use form='running'"
             )
-        if self.frequencies == FROM_DATAMODULE:
-            datamodule = getattr(trainer, "datamodule", None)
-            for table, owned in zip(self.rates.tables, self.owned, strict=True):
-                features = _features(owned.host, owned.index)
-                counts = counts_from_datamodule(datamodule, features, table.name, table.logical.rows)
-                self.rates.set_occurrences(table, counts, steps)
-            return
         assert self.frequencies is not None
-        names = {table.name: (table.name, table.logical.name) for table in self.rates.tables}
-        arrays = counts_from_file(self.frequencies, names)
-        for table in self.rates.tables:
-            counts = checked_counts(arrays[table.name], table.logical.rows, self.frequencies, table.name)
+        arrays: Mapping[str, Any] = {}
+        if self.frequencies != FROM_DATAMODULE:
+            names = {table.name: (table.name, table.logical.name) for table in self.owned}
+            with refused_together(self.rates.group):
+                arrays = counts_from_file(self.frequencies, names)
+        for table in self.owned:
+            rows = table.logical.rows
+            with refused_together(self.rates.group):
+                if self.frequencies == FROM_DATAMODULE:
+                    features = _features(table)
+                    counts = counts_from_datamodule(getattr(trainer, "datamodule", None), features, table.name, rows)
+                else:
+                    counts = checked_counts(arrays[table.name], rows, self.frequencies, table.name)
             self.rates.set_occurrences(table, counts, steps)
 
     def _check_optimizer(self, trainer: pl.Trainer, rows: TrainedRows, table: str) -> None:
@@ -273,6 +287,12 @@ class FrequencyAwareLR(CompressionCallback):
                 " to zero. Set weight_decay=0 for the table, or give counter.half_life or form='known', under which"
                 " rates level off"
             )
+
+    def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
+        """All weights, and a counter per row, or the state of FBGEMM's ``COUNTER_SGD`` per stored row."""
+        lean = TableFootprint(row_bytes=self.counter.dtype.itemsize)
+        fbgemm = TableFootprint(state_bytes=12.0)  # three float32 numbers
+        return {table.name: lean if self.backend == "lean" else fbgemm for table in tables}
 
 
 def _check_effects(callback: FrequencyAwareLR) -> None:
@@ -328,13 +348,17 @@ def _rate(trainer: pl.Trainer, rows: TrainedRows) -> float | None:
     return None if found is None else float(found[1]["lr"])
 
 
-def _table_rate(trainer: pl.Trainer, classes: Sequence[Any]) -> float:
-    rows = classes[-1]
+def _table_rate(trainer: pl.Trainer, host: EngineHost) -> float:
+    """Rate of a module's tables; 0 where this process holds none of its rows."""
+    if not host.engines:
+        return 0.0
+    rows = host.engines[0].classes[-1]
     if isinstance(rows, FusedRows):
         return rows.learning_rate
     return _rate(trainer, cast(TrainedRows, rows)) or 0.0
 
 
-def _features(host: Any, index: int) -> tuple[str, ...]:  # noqa: ANN401 - collections have configs, others not
-    configs = getattr(host, "_configs", None)
-    return tuple(configs[index].feature_names) if configs is not None else ()
+def _features(table: HeldTable) -> tuple[str, ...]:
+    """Features that look a table up; none for stand-alone embeddings, which do not know."""
+    configs = table_configs(table.host)
+    return () if configs is None else tuple(configs[table.index].feature_names)

@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_embcomp.engine.counter_sgd import use_counter_sgd
-from lightning_embcomp.engine.counters import CounterConflictError, CounterSettings, share_counters
-from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.counters import (
+    CounterConflictError,
+    CounterSettings,
+    agree_on_time,
+    share_counters,
+)
+from lightning_embcomp.engine.host import EngineHost, HeldTable, TableShard, group_of
 from lightning_embcomp.engine.rates import KnownFrequencies, RunningRates, TableRates, set_rates
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.kernels.count import decode
+from lightning_embcomp.methods.frequency_lr.agreement import refused_together
 from lightning_embcomp.methods.frequency_lr.config import Form
+from lightning_embcomp.methods.frequency_lr.frequencies import FrequencyError
 from lightning_embcomp.methods.frequency_lr.functional import decile_means, lookup_frequency
 
 FREQUENCY = "frequency"
 """Name of known frequencies among what is attached to an engine."""
-_SAMPLED_ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class RatedTable:
-    """A table whose rows get step sizes of their own.
-
-    Args:
-        engine: The engine that stores it.
-        index: Its index there.
-        name: Its name for people.
-    """
-
-    engine: RoutedEmbeddings
-    index: int
-    name: str
-
-    @property
-    def logical(self) -> LogicalTable:
-        """The logical table."""
-        return self.engine.tables[self.index]
+SAMPLED_ROWS = 1 << 14
+"""Rows that logged rates are computed from."""
 
 
 class FrequencyRates:
     """Gives the rows of some tables step sizes that fall with their frequency.
+
+    Every process works on its shards. Engines of a collection count together, also those of this process that hold none
+    of the tables.
 
     Args:
         tables: The tables.
@@ -57,11 +47,12 @@ class FrequencyRates:
     Raises:
         CounterConflictError: If another method counts otherwise.
         UnsupportedOptimizerError: If the fused optimizer of a table is not SGD.
+        ValueError: If another process raised one of these.
     """
 
     def __init__(
         self,
-        tables: Sequence[RatedTable],
+        tables: Sequence[HeldTable],
         *,
         form: Form,
         counter: CounterSettings,
@@ -72,13 +63,21 @@ class FrequencyRates:
         self.form: Form = form
         self.counter = counter
         self.cap = math.inf if max_rate is None else max_rate
-        self._sources: dict[tuple[int, int], RunningRates | KnownFrequencies] = {}
-        for engine in {id(table.engine): table.engine for table in self.tables}.values():
-            mine = [table for table in self.tables if table.engine is engine]
-            source = self._source(engine, [table.index for table in mine], owner)
-            for table in mine:
-                self._sources[id(engine), table.index] = source
-                set_rates(engine, table.index, TableRates(source, self.cap), table.name)
+        self.group = group_of(tables)
+        self._sources: dict[int, RunningRates | KnownFrequencies] = {}
+        hosts = hosts_of(tables)
+        with refused_together(self.group):
+            for engine in {id(engine): engine for host in hosts for engine in host.engines}.values():
+                self._use_engine(engine, owner)
+        if form != "known":
+            agree_on_time([host.engines for host in hosts], self.group)
+
+    def _use_engine(self, engine: RoutedEmbeddings, owner: str) -> None:
+        mine = [(shard, table) for table in self.tables for shard in table.shards if shard.engine is engine]
+        source = self._source(engine, [shard.index for shard, _ in mine], owner)
+        self._sources[id(engine)] = source
+        for shard, table in mine:
+            set_rates(engine, shard.index, TableRates(source, self.cap), table.name)
 
     def _source(self, engine: RoutedEmbeddings, tables: Sequence[int], owner: str) -> RunningRates | KnownFrequencies:
         if self.form != "known":
@@ -96,8 +95,9 @@ class FrequencyRates:
                 f"{owner} and another callback on the same embedding collection store known frequencies differently:"
                 " use the same counter.encoding, or put their tables into collections of their own"
             )
+        one = torch.ones((), dtype=torch.float64)
         for t in tables:
-            found.set_table(t, torch.ones(engine.tables[t].rows, dtype=torch.float64))
+            found.set_table(t, one.expand(engine.tables[t].rows), one)
         return found
 
     def set_horizon(self, steps: int) -> None:
@@ -106,103 +106,85 @@ class FrequencyRates:
             if self.form != "running":
                 source.horizon = steps
 
-    def set_occurrences(self, table: RatedTable, counts: Tensor, steps_per_epoch: float) -> None:
-        """Set known frequencies.
+    def set_occurrences(self, table: HeldTable, counts: Tensor, steps_per_epoch: float) -> None:
+        """Set known frequencies; all processes call it, for the same tables in the same order.
 
         Args:
             table: The table.
-            counts: Occurrences of each row per epoch, ``(rows,)``.
+            counts: Occurrences of each row of the whole table per epoch, over all processes, ``(rows,)``.
             steps_per_epoch: Steps that an epoch has.
-        """
-        source = self._sources[id(table.engine), table.index]
-        assert isinstance(source, KnownFrequencies)
-        presence = self.counter.counted == "presence"
-        source.set_table(table.index, lookup_frequency(counts, steps_per_epoch, presence=presence))
-        table.engine.counting.changed()
 
-    def multipliers(self, table: RatedTable, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts as they are stored, and multipliers before the cap, of some rows; float64 ``(n,)`` each."""
-        source = self._sources[id(table.engine), table.index]
-        stored = decode(source.stored(table.index)[rows])
-        return stored, float(np.ravel(source.gains(np.array([table.index])))[0]) * stored.clamp(
+        Raises:
+            FrequencyError: If the processes know different numbers.
+        """
+        self._check_same(table, counts, steps_per_epoch)
+        presence = self.counter.counted == "presence"
+        frequency = lookup_frequency(counts, steps_per_epoch, presence=presence)
+        unit = frequency.min()
+        for shard in table.shards:
+            source = self._sources[id(shard.engine)]
+            assert isinstance(source, KnownFrequencies)
+            source.set_table(shard.index, frequency[shard.first_row :][: shard.logical.rows], unit)
+            shard.engine.counting.changed()
+
+    def _check_same(self, table: HeldTable, counts: Tensor, steps_per_epoch: float) -> None:
+        if self.group.size == 1:
+            return
+        digest = zlib.crc32(counts.double().contiguous().numpy().data, zlib.crc32(repr(steps_per_epoch).encode()))
+        if self.group.gather(torch.tensor([digest])).unique().numel() > 1:
+            raise FrequencyError(
+                f"frequencies of table {table.name!r} differ between the processes: every process must count the ids of"
+                " all of them (not of its part of the data), and plan the same number of batches per epoch"
+            )
+
+    def multipliers(self, shard: TableShard, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts as they are stored, and multipliers before the cap, of some rows; float64 ``(n,)`` each.
+
+        Args:
+            shard: Part of a table.
+            rows: Rows of the part.
+        """
+        source = self._sources[id(shard.engine)]
+        stored = decode(source.stored(shard.index)[rows])
+        return stored, float(np.ravel(source.gains(np.array([shard.index])))[0]) * stored.clamp(
             min=source.floor()
         ).rsqrt()
 
     def rate_deciles(self, rates: Sequence[float]) -> Tensor:
-        """Mean rate in the popularity deciles of a sample of the rows that were seen.
+        """Mean rate in the popularity deciles of a sample of the rows that were seen, over all processes.
 
         Args:
-            rates: Rate of each table before multipliers.
+            rates: Rate of each table before multipliers; of tables of which this process holds nothing, any number.
 
         Returns:
             float64 tensor, from the rarest tenth to the most frequent; empty before any row was seen.
         """
-        total = sum(table.logical.rows for table in self.tables)
-        stride = max(1, total // _SAMPLED_ROWS)
-        counts, found = [], []
-        for table, rate in zip(self.tables, rates, strict=True):
-            rows = torch.arange(0, table.logical.rows, stride)
-            stored, multiplier = self.multipliers(table, rows)
-            # Comparable between tables: what a row is looked up, by the multiplier that follows from it.
-            counts.append(torch.where(stored > 0, multiplier**-2, 0.0))
-            found.append((rate * multiplier).clamp(max=self.cap))
-        popularity, effective = torch.cat(counts), torch.cat(found)
+        stride = max(1, sum(table.logical.rows for table in self.tables) // SAMPLED_ROWS)
+        sampled = [-(-table.logical.rows // stride) for table in self.tables]
+        found = torch.zeros(2, sum(sampled), dtype=torch.float64)
+        for table, rate, part in zip(self.tables, rates, found.split(sampled, 1), strict=True):
+            for shard in table.primary_shards:
+                first = -shard.first_row % stride
+                rows = torch.arange(first, max(first, shard.logical.rows), stride)
+                stored, multiplier = self.multipliers(shard, rows)
+                at = (rows + shard.first_row) // stride
+                # Comparable between tables: what a row is looked up, by the multiplier that follows from it.
+                part[0, at] = torch.where(stored > 0, multiplier**-2, 0.0)
+                part[1, at] = (rate * multiplier).clamp(max=self.cap)
+        popularity, effective = self.group.sum(found)
         seen = popularity > 0
         return decile_means(popularity[seen], effective[seen]) if bool(seen.any()) else torch.empty(0)
 
     def bytes_per_row(self) -> float:
-        """Bytes that the method holds per logical row, from the storages."""
-        held = rows = 0
+        """Bytes that the method holds per row of the tables over all processes, from the storages."""
+        held = 0
         for table in self.tables:
-            stored = self._sources[id(table.engine), table.index].stored(table.index)
-            held += stored.numel() * stored.element_size()
-            rows += table.logical.rows
-        return held / rows
+            for shard in table.counted_shards:
+                stored = self._sources[id(shard.engine)].stored(shard.index)
+                held += stored.numel() * stored.element_size()
+        return int(self.group.sum(torch.tensor([held]))) / sum(table.logical.rows for table in self.tables)
 
 
-class FbgemmRates:
-    """Lets FBGEMM's ``COUNTER_SGD`` train the rows of some engines.
-
-    Args:
-        tables: The tables: all of each engine.
-        half_life: Steps after which a step counts half; None for no end.
-        warmup_steps: Steps of row-wise Adagrad at the start.
-        owner: Name of the callback, for messages.
-
-    Raises:
-        UnsupportedOptimizerError: If the fused optimizer of a table is not SGD.
-        ValueError: If an engine holds tables that are not to change.
-    """
-
-    def __init__(self, tables: Sequence[RatedTable], *, half_life: int | None, warmup_steps: int, owner: str) -> None:
-        self.tables = list(tables)
-        self.engines = list({id(table.engine): table.engine for table in tables}.values())
-        for engine in self.engines:
-            mine = {table.index: table.name for table in tables if table.engine is engine}
-            missing = [table.name for t, table in enumerate(engine.tables) if t not in mine]
-            if missing:
-                raise ValueError(
-                    f"{owner}: backend='fbgemm' changes the optimizer of a whole embedding collection, but table"
-                    f" {missing[0]!r} is not selected: select it too, or put it into a collection of its own"
-                )
-            use_counter_sgd(engine, mine[0], half_life=half_life, warmup_steps=warmup_steps)
-
-    def rate_deciles(self, rates: Sequence[float]) -> Tensor:
-        """As :meth:`FrequencyRates.rate_deciles`."""
-        rate_of = {id(table.engine): rate for table, rate in zip(self.tables, rates, strict=True)}
-        counts, found = [], []
-        for engine in self.engines:
-            for state in engine.get_optimizer_state():
-                stride = max(1, state["row_counter"].numel() // _SAMPLED_ROWS)
-                counter = state["row_counter"][::stride].double()
-                counts.append(counter[counter > 0])
-                found.append(rate_of[id(engine)] * counter[counter > 0].rsqrt())
-        popularity = torch.cat(counts)
-        return decile_means(popularity, torch.cat(found)) if popularity.numel() else torch.empty(0)
-
-    def bytes_per_row(self) -> float:
-        """As :meth:`FrequencyRates.bytes_per_row`."""
-        states = [
-            tensor for engine in self.engines for state in engine.get_optimizer_state() for tensor in state.values()
-        ]
-        return sum(t.numel() * t.element_size() for t in states) / sum(table.logical.rows for table in self.tables)
+def hosts_of(tables: Sequence[HeldTable]) -> list[EngineHost]:
+    """The modules that hold some tables, each once."""
+    return list({id(table.host): table.host for table in tables}.values())

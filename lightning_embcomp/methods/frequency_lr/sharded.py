@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.sharded_counter_sgd import (
     ShardedCollection,
     counter_state,
@@ -27,6 +28,8 @@ _SAMPLED_ROWS = 1 << 14
 
 def build_sharded(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Call ``configure_model`` where several processes run and the module has no tables yet: it may shard them."""
+    if callable(getattr(trainer.strategy, "shard", None)):
+        return  # the strategy shards, once the tables have engines
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if trainer.world_size > 1 and distributed and is_overridden("configure_model", pl_module):
         if not find_hosts(pl_module) and not find_sharded(pl_module):
@@ -44,7 +47,8 @@ def select_sharded(root: nn.Module, patterns: Sequence[str], who: str) -> list[S
     Raises:
         ValueError: If the patterns choose a part of a collection, or tables that are sharded and others that are not.
     """
-    sharded = find_sharded(root)
+    # Those that have engines are not the module's own.
+    sharded = [each for each in find_sharded(root) if not isinstance(each.module, EngineHost)]
     if not sharded:
         return []
     hosts = [

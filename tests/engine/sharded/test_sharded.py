@@ -66,9 +66,7 @@ def test_classes_know_what_other_parts_store() -> None:
 def test_layout_of_subsets_cannot_be_cut() -> None:
     """Codes of arbitrary chunk subsets have no order that a part could follow."""
     with pytest.raises(ValueError, match="sharded by columns, which layout 'chunks' cannot follow"):
-        LogicalTable(
-            name="t", rows=10, dim=8, chunks=2, layout="chunks", shard=Shard(rows=10, dim=16, first_column=8)
-        )
+        LogicalTable(name="t", rows=10, dim=8, chunks=2, layout="chunks", shard=Shard(rows=10, dim=16, first_column=8))
 
 
 def test_plans_that_cut_chunks_are_refused() -> None:

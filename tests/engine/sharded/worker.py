@@ -38,9 +38,7 @@ KEYS = ["a", "shared@t0", "b", "shared@t2"]
 CPU = torch.device("cpu")
 
 
-def collection(
-    optimizer: type[torch.optim.Optimizer], poolings: list[PoolingType] = POOLING
-) -> EmbeddingBagCollection:
+def collection(optimizer: type[torch.optim.Optimizer], poolings: list[PoolingType] = POOLING) -> EmbeddingBagCollection:
     torch.manual_seed(3)
     configs = [
         EmbeddingBagConfig(name=f"t{t}", num_embeddings=rows, embedding_dim=DIM, feature_names=names, pooling=pooling)
@@ -56,7 +54,9 @@ def plan(kind: str, world: int) -> dict[str, Any]:
     return {
         "table_wise": {f"t{t}": table_wise(rank=t % world) for t in range(3)},
         "row_wise": {f"t{t}": row_wise() for t in range(3)},
-        "column_wise": {f"t{t}": column_wise(ranks=every if world == 4 else [0, 1, 1, 0][: 2 + 2 * (t % 2)]) for t in range(3)},
+        "column_wise": {
+            f"t{t}": column_wise(ranks=every if world == 4 else [0, 1, 1, 0][: 2 + 2 * (t % 2)]) for t in range(3)
+        },
         "data_parallel": {f"t{t}": data_parallel() for t in range(3)},
         "mixed": {"t0": column_wise(ranks=[world - 1, 0]), "t1": row_wise(), "t2": data_parallel()},
     }[kind]
@@ -74,9 +74,7 @@ def sharded(kind: str, optimizer: type[torch.optim.Optimizer]) -> ShardedRoutedB
 
 def _plan(plain: EmbeddingBagCollection, kind: str) -> Any:
     world = dist.get_world_size()
-    return construct_module_sharding_plan(
-        plain, plan(kind, world), sharder=_Any(), local_size=world, device_type="cpu"
-    )
+    return construct_module_sharding_plan(plain, plan(kind, world), sharder=_Any(), local_size=world, device_type="cpu")
 
 
 class _Any(EmbeddingBagCollectionSharder):
@@ -167,7 +165,9 @@ def compare(kind: str, optimizer: type[torch.optim.Optimizer], steps: int = 12) 
         whole = unsharded(batch(step, world=world)).to_dict()
         found = bags(batch(step, mine, world)).wait().to_dict()
         for key in KEYS:
-            torch.testing.assert_close(found[key], whole[key][mine], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k} {step}: {m}")
+            torch.testing.assert_close(
+                found[key], whole[key][mine], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k} {step}: {m}"
+            )
         sum((whole[key] * signs[:, k]).sum() for k, key in enumerate(KEYS)).backward()
         (world * sum((found[key] * signs[mine, k]).sum() for k, key in enumerate(KEYS))).backward()
     tolerance = {"rtol": 1e-5, "atol": 1e-5}

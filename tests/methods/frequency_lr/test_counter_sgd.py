@@ -13,6 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from lightning_embcomp.engine.counter_sgd import counter_sgd_fused_params, use_counter_sgd
+from lightning_embcomp.engine.host import OneEngine
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
@@ -53,7 +54,7 @@ def test_fbgemm_itself(half_life: int | None) -> None:
 @pytest.mark.parametrize("half_life", [None, 7])
 def test_inside_the_engine(half_life: int | None) -> None:
     engine = make_engine("fused")
-    use_counter_sgd(engine, "t0", half_life=half_life, warmup_steps=0)
+    use_counter_sgd(OneEngine(engine), "t0", half_life=half_life, warmup_steps=0)
     numpy = references(engine, {"form": "running", "half_life": half_life})
     run(engine, numpy, None)
     for t, reference in enumerate(numpy):
@@ -67,7 +68,7 @@ def test_half_precision_tables_inside_the_engine() -> None:
     engine.move(FixedPlan([2, 2]))
     for t, rows in enumerate(ROWS):
         engine.load_rows(t, 0, torch.full((rows, DIM), 0.5))
-    use_counter_sgd(engine, "t0", half_life=None, warmup_steps=0)
+    use_counter_sgd(OneEngine(engine), "t0", half_life=None, warmup_steps=0)
     numpy = references(engine, {"form": "running"})
     run(engine, numpy, None)
     for t, reference in enumerate(numpy):
@@ -110,7 +111,7 @@ def test_counters_inside_the_engine_are_restored_bit_for_bit() -> None:
 
     through, half, other = (make_engine("fused") for _ in range(3))
     for engine in (through, half, other):
-        use_counter_sgd(engine, "t0", half_life=9, warmup_steps=10)
+        use_counter_sgd(OneEngine(engine), "t0", half_life=9, warmup_steps=10)
     steps(through, 0, STEPS)
     steps(half, 0, 30)
     saved = {key: value.clone() for key, value in half.state_dict().items()}
@@ -135,8 +136,8 @@ def test_half_lives_are_whole_and_positive(half_life: Any) -> None:
 
 def test_other_optimizers_are_refused() -> None:
     with pytest.raises(UnsupportedOptimizerError, match="trained from configure_optimizers"):
-        use_counter_sgd(make_engine("trained"), "t0", half_life=None, warmup_steps=0)
+        use_counter_sgd(OneEngine(make_engine("trained")), "t0", half_life=None, warmup_steps=0)
     spec = FusedOptimizerSpec(kind="rowwise_adagrad")
     engine = RoutedEmbeddings(TABLES, (0, 0, 1), options=RoutedOptions(optimizer=spec))
     with pytest.raises(UnsupportedOptimizerError, match="takes the place of SGD only. Use SGD"):
-        use_counter_sgd(engine, "t0", half_life=None, warmup_steps=0)
+        use_counter_sgd(OneEngine(engine), "t0", half_life=None, warmup_steps=0)

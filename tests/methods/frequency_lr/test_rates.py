@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_embcomp.engine.counters import CounterSettings, counters_of
+from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.plan import FixedPlan, ReadPlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.kernels.dispatch import force_backend
 from lightning_embcomp.methods.frequency_lr.functional import lookup_frequency
-from lightning_embcomp.methods.frequency_lr.module import FrequencyRates, RatedTable
+from lightning_embcomp.methods.frequency_lr.module import FrequencyRates
 
 from .reference import NumpySGD
 
@@ -45,12 +46,18 @@ def make_engine(kind: str, sparse: bool = False) -> RoutedEmbeddings:
     return engine
 
 
+def held_tables(engine: RoutedEmbeddings) -> list[HeldTable]:
+    host = OneEngine(engine)
+    return [HeldTable(host, t, table.name) for t, table in enumerate(engine.tables)]
+
+
 def add_rates(engine: RoutedEmbeddings, rule: dict[str, Any], encoding: str = "exact") -> FrequencyRates:
-    settings = {key: rule[key] for key in ("counted", "half_life") if key in rule}
+    settings: dict[str, Any] = {"encoding": encoding, "counted": "presence"}
+    settings.update((key, rule[key]) for key in ("counted", "half_life") if key in rule)
     rates = FrequencyRates(
-        [RatedTable(engine, t, f"t{t}") for t in range(2)],
+        held_tables(engine),
         form=rule["form"],
-        counter=CounterSettings(**{"encoding": encoding, "counted": "presence", **settings}),  # type: ignore[arg-type]
+        counter=CounterSettings(**settings),
         max_rate=rule.get("max_rate"),
         owner="test",
     )
@@ -171,7 +178,7 @@ def test_log_counters_follow_the_exact_ones(half_life: float | None) -> None:
     engine = RoutedEmbeddings(table, options=RoutedOptions(optimizer=FusedOptimizerSpec(kind="sgd")))
     engine.move(FixedPlan([1]))
     counter = CounterSettings(half_life=half_life)
-    FrequencyRates([RatedTable(engine, 0, "t")], form="running", counter=counter, max_rate=None, owner="test")
+    FrequencyRates(held_tables(engine), form="running", counter=counter, max_rate=None, owner="test")
     expected = 0.0
     for step in range(60):  # with the half-life, sweeps happen after 32 steps
         expected = expected * (1.0 if half_life is None else 0.5 ** (1 / half_life)) + (step % 3 != 0)
@@ -263,7 +270,7 @@ def test_known_frequencies_in_one_byte_are_close() -> None:
     rates = add_rates(make_engine("fused"), RULES["known"], "log")
     for table, counts in zip(rates.tables, id_counts(), strict=True):
         exact = lookup_frequency(counts, STEPS, presence=True).mul(STEPS).rsqrt()
-        found = rates.multipliers(table, torch.arange(table.logical.rows))[1]
+        found = rates.multipliers(table.shards[0], torch.arange(table.logical.rows))[1]
         assert float((found / exact).log().abs().max()) < 0.2
     assert rates.bytes_per_row() == 1.0
 
