@@ -36,6 +36,7 @@ class Shard:
         dim: Columns of the whole table.
         first_row: First row of the part.
         first_column: First column of the part.
+        uncut: Whether rows of the whole table are stored as a whole, so that parts need not line up with chunks.
         number: Number of the part's first row among all rows of all tables of its collection, which seeds random bits:
             they are the same however tables are sharded.
     """
@@ -44,6 +45,7 @@ class Shard:
     dim: int
     first_row: int = 0
     first_column: int = 0
+    uncut: bool = False
     number: int = 0
 
 
@@ -109,12 +111,12 @@ class LogicalTable:
     @property
     def first_chunk(self) -> int:
         """Chunks of the whole table before this part."""
-        return 0 if self.shard is None else self.shard.first_column // self.chunk_width
+        return 0 if self.shard is None or self.shard.uncut else self.shard.first_column // self.chunk_width
 
     @property
     def whole_chunks(self) -> int:
         """Chunks of the whole table."""
-        return self.chunks if self.shard is None else self.shard.dim // self.chunk_width
+        return self.chunks if self.shard is None or self.shard.uncut else self.shard.dim // self.chunk_width
 
     @property
     def codes(self) -> int:

@@ -14,7 +14,13 @@ WORKER = "tests.conformance.sharded_worker"
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel")
 # Row-wise Adagrad has an accumulator per part where columns are cut, so that nothing can be equal.
 RUNS = {
-    "plain": ["sgd:table_wise", "sgd:row_wise", "sgd:column_wise", "rowwise_adagrad:table_wise", "rowwise_adagrad:row_wise"],
+    "plain": [
+        "sgd:table_wise",
+        "sgd:row_wise",
+        "sgd:column_wise",
+        "rowwise_adagrad:table_wise",
+        "rowwise_adagrad:row_wise",
+    ],
     "fiited": [
         *(f"sgd:{kind}" for kind in (*SHARDINGS, "mixed")),
         *(f"rowwise_adagrad:{kind}" for kind in ("table_wise", "row_wise", "data_parallel")),
@@ -59,7 +65,13 @@ def test_checkpoints_resume_anywhere(name: str, tmp_path: Path) -> None:
     assert_close(run_processes(2, WORKER, "save", "synthetic", str(tmp_path), f"{spec}:row_wise"))
     assert_close(
         run_processes(
-            2, WORKER, "resume", "synthetic", str(tmp_path), f"{spec}:row_wise:row_wise:bits", f"{spec}:table_wise:row_wise"
+            2,
+            WORKER,
+            "resume",
+            "synthetic",
+            str(tmp_path),
+            f"{spec}:row_wise:row_wise:bits",
+            f"{spec}:table_wise:row_wise",
         )
     )
     for processes in (1, 4):

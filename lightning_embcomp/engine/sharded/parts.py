@@ -50,7 +50,7 @@ def check_plan(tables: Sequence[LogicalTable], plan: Mapping[str, ParameterShard
                 f"table {table.name!r} is planned {sharding.sharding_type}, which the engine cannot follow: allow"
                 f" {', '.join(SUPPORTED)} only"
             )
-        for shard in getattr(sharding.sharding_spec, "shards", None) or ():
+        for shard in getattr(sharding.sharding_spec, "shards", None) or () if table.chunks > 1 else ():
             first, width = shard.shard_offsets[1], shard.shard_sizes[1]
             if first % table.chunk_width or width % table.chunk_width:
                 raise UnsupportedShardingError(
@@ -87,12 +87,13 @@ def local_tables(
 
 def _logical(part: ShardedEmbeddingTable, whole: LogicalTable, number: int, before: int) -> LogicalTable:
     row, column = part.local_metadata.shard_offsets if part.local_metadata is not None else (0, 0)
-    shard = Shard(rows=whole.rows, dim=whole.dim, first_row=row, first_column=column, number=number + row)
+    uncut = whole.chunks == 1
+    shard = Shard(rows=whole.rows, dim=whole.dim, first_row=row, first_column=column, uncut=uncut, number=number + row)
     return LogicalTable(
         name=whole.name + (f"@{column}" if before else ""),
         rows=part.local_rows,
         dim=part.local_cols,
-        chunks=part.local_cols // whole.chunk_width,
+        chunks=1 if uncut else part.local_cols // whole.chunk_width,
         layout=whole.layout,
         shard=shard,
     )

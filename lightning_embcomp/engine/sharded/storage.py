@@ -5,7 +5,7 @@ Under ``<host>.engine.tables.<name>.`` are, for tables however they are sharded:
 * ``shape``: format version, rows, dim, chunks and layout of the whole table
 * ``row_codes``: code of every row, uint8 ``(R,)``
 * ``rows.<code>.<tensor>``: weights and optimizer state of the rows of that code, by rising row number. Of tables that
-  are cut by columns, state per row is held per column chunk, since every part has its own
+  are sharded by columns, state per row is held per column chunk, since every part has its own
 * ``utility``, ``gain``: utilities of all rows, and their mean gain, one row per process that owns rows
 * ``<method>.<tensor>``: what methods attached, per row or as a whole
 
@@ -25,7 +25,7 @@ from lightning_embcomp.checkpoints import COMPRESSED
 from lightning_embcomp.checkpoints.slices import Slices
 from lightning_embcomp.engine.attached import TableState
 from lightning_embcomp.engine.host import TableShard
-from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.layout import LANES, LogicalTable
 from lightning_embcomp.engine.plan import ReadPlan
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.row_class import FusedRows, Storage
@@ -77,6 +77,11 @@ class _Place:
     total: Sequence[int]
     cut: bool
 
+    @property
+    def granule(self) -> int:
+        """Columns that share a value of state per row: a chunk, or the least that a part has where rows are uncut."""
+        return self.table.chunk_width if self.table.chunks > 1 else LANES
+
     def codes(self) -> Iterator[tuple[int, int]]:
         """Codes of the shard that store columns of it, and those of the whole table that they stand for."""
         first = self.shard.logical.first_chunk
@@ -94,7 +99,8 @@ class _Place:
     def columns(self, code: int) -> tuple[int, int]:
         """First of the shard's columns among those that the whole table stores, and how many it stores."""
         part = self.shard.logical
-        return part.first_chunk * part.chunk_width, len(part.live_chunks(code)) * part.chunk_width
+        first = 0 if part.shard is None else part.shard.first_column
+        return first, len(part.live_chunks(code)) * part.chunk_width
 
     def width(self, whole_code: int) -> int:
         """Columns that the whole table stores of a code."""
@@ -108,7 +114,7 @@ class _Place:
             return Slices((total, self.width(whole_code)), [((before, first), rows)], dtype=rows.dtype)
         if not self.cut:
             return Slices((total,), [((before,), rows)], dtype=rows.dtype)
-        chunk = self.table.chunk_width
+        chunk = self.granule
         per_chunk = rows.unsqueeze(1).repeat(1, width // chunk)
         chunks = self.width(whole_code) // chunk
         return Slices((total, chunks), [((before, first // chunk), per_chunk)], dtype=rows.dtype)
@@ -328,7 +334,7 @@ def _load_per_chunk(place: _Place, key: str, rows: Tensor, code: int, whole_code
     """State per row that was saved by chunk: the mean over the chunks of the part."""
     shape = tuple(reader.shape(key))
     first, width = place.columns(code)
-    chunk = place.table.chunk_width
+    chunk = place.granule
     per_chunk = rows.new_empty(rows.shape[0], width // chunk)
     reader.read_into({key: Slices(shape, [((place.before[whole_code], first // chunk), per_chunk)], dtype=rows.dtype)})
     same = (per_chunk == per_chunk[:, :1]).all(1)
@@ -396,7 +402,7 @@ def _load_plain(host: ShardedRoutedBags, t: int, key: str, reader: Reader) -> No
         )
     for shard in host.shards(t):
         part = shard.logical
-        column = part.first_chunk * part.chunk_width
+        column = 0 if part.shard is None else part.shard.first_column
         for start, stop in slabs(part.rows):
             rows = torch.empty(stop - start, part.dim, dtype=host.options.dtype)
             place = (shard.first_row + start, column)

@@ -49,7 +49,16 @@ def accumulate_utility(
     """
     kernel = cpu.accumulate_utility if backend_for(utility.device) == "cpu" else reference.accumulate_utility
     kernel(
-        utility, row_start, indices, offsets, layout, norms, weights, kind, seed, row_start if number is None else number
+        utility,
+        row_start,
+        indices,
+        offsets,
+        layout,
+        norms,
+        weights,
+        kind,
+        seed,
+        row_start if number is None else number,
     )
 
 

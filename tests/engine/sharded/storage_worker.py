@@ -1,6 +1,6 @@
 """One of several processes that save or load a sharded collection.
 
-Run with ``save`` or ``load``, sharding types with commas between them, the sharding type of the saved run, and a folder.
+Run with ``save`` or ``load``, sharding types with commas between them, the type of the saved run, and a folder.
 """
 
 import os
