@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
-from torchrec.distributed.types import ModuleSharder, ShardingPlanner
+from torch import Tensor
 
-from lightning_embcomp.composition import STAGES, Ownership, Property
+from lightning_embcomp.composition import STAGES, Property
 from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.engine.host import EngineHost, HeldTable
-from lightning_embcomp.engine.layout import ChunkLayout
-from lightning_embcomp.engine.plan import FixedPlan
-from lightning_embcomp.engine.sharded.collection import RoutedBagsSharder
-from lightning_embcomp.errors import NonFiniteLossError
+from lightning_embcomp.errors import NonFiniteLossError, SetupError
+from lightning_embcomp.installation import Cuts, install, sharding_strategy, sources
 from lightning_embcomp.planners.footprint import TableFootprint
-from lightning_embcomp.surgery import build_host, fill, replace, sharded_spec
+from lightning_embcomp.surgery import fill
 from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
-
-Cuts = Mapping[str, tuple[int, ChunkLayout]]
-"""Chunks and layout by unique table name."""
-
-
-class SetupError(RuntimeError):
-    """A callback cannot work in this trainer or on this module."""
-
-
-class ShardingStrategy(Protocol):
-    """What callbacks need of a strategy that shards tables over processes."""
-
-    def shard(
-        self,
-        pl_module: pl.LightningModule,
-        sharder_for: Callable[[str, nn.Module], ModuleSharder[Any] | None] | None = None,
-        planner: ShardingPlanner | None = None,
-    ) -> None:
-        """Shard the embedding collections of a module in place; nothing happens to those that are sharded already.
-
-        Args:
-            pl_module: The module.
-            sharder_for: Sharder by path and module; None for the usual one.
-            planner: Planner, unless the user gave one.
-        """
 
 
 class CompressionCallback(pl.Callback):
@@ -100,7 +72,7 @@ class CompressionCallback(pl.Callback):
         Raises:
             SetupError: With the reason and what to change.
         """
-        strategy = _sharding(trainer)
+        strategy = sharding_strategy(trainer)
         if strategy is not None and not self.follows_shards:
             raise SetupError(f"{self.state_key}: works in one process only so far. Train with strategy='auto'")
         if strategy is None and trainer.world_size > 1:
@@ -125,7 +97,7 @@ class CompressionCallback(pl.Callback):
             for callback in callbacks:
                 if stage != "fit" and trainer.ckpt_path is None and callback.changes_values:
                     _refuse_plain_evaluation(hosts, stage, callback)
-            _install(trainer, pl_module, hosts, callbacks)
+            install(trainer, pl_module, hosts, callbacks)
         for callback in callbacks:
             callback._take_over(pl_module)
 
@@ -134,7 +106,7 @@ class CompressionCallback(pl.Callback):
         owned = _owned(pl_module, self)
         if [(o.host, o.index) for o in owned] == [(o.host, o.index) for o in self.owned]:
             return
-        fresh = [o for o in owned if self.owns == "width" and o.index in _sources(o.host)]
+        fresh = [o for o in owned if self.owns == "width" and o.index in sources(o.host)]
         if fresh and len(fresh) != len(owned):
             raise SetupError(f"{self.state_key}: some of its tables were already compressed by an earlier run")
         self.owned = owned
@@ -144,7 +116,7 @@ class CompressionCallback(pl.Callback):
             self.owned = []  # another attempt starts over
             raise
         for table in fresh:
-            fill(table.host, table.index, _sources(table.host).pop(table.index))
+            fill(table.host, table.index, sources(table.host).pop(table.index))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the engines are still part of the module, and that the trainer's settings reach their tables."""
@@ -204,20 +176,6 @@ def _unbuilt_on_error(pl_module: pl.LightningModule) -> Iterator[None]:
         raise
 
 
-def _check_untied(pl_module: pl.LightningModule, host: HostView) -> None:
-    """Refuse tables whose weights are also used elsewhere: they would drift apart."""
-    mine = {id(table.weight): table.name for table in host.tables}
-    inside = {id(parameter) for parameter in host.module.parameters()}
-    outside = {id(module) for module in pl_module.modules()} - {id(module) for module in host.module.modules()}
-    for path, module in pl_module.named_modules():
-        for name, parameter in module._parameters.items() if id(module) in outside else ():
-            if id(parameter) in mine and id(parameter) in inside:
-                raise SetupError(
-                    f"table {mine[id(parameter)]!r} shares its weights with {f'{path}.{name}'.lstrip('.')}, which would"
-                    " keep the old ones: leave it out of the callback"
-                )
-
-
 def _refuse_plain_evaluation(hosts: Sequence[HostView], stage: str, callback: CompressionCallback) -> None:
     """Refuse to compress a plain model with weights only to measure it."""
     for table in select_tables(hosts, callback.patterns, callback.state_key):
@@ -268,84 +226,11 @@ def _build_model(pl_module: pl.LightningModule, callbacks: Sequence[CompressionC
     return hosts
 
 
-def _install(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    hosts: Sequence[HostView],
-    callbacks: Sequence[CompressionCallback],
-) -> None:
-    """Replace every module that holds a table of any callback; all callbacks of the trainer agree on one engine."""
-    cuts: dict[str, tuple[int, ChunkLayout]] = {}
-    claimed: set[str] = set()
-    ownership = Ownership()
-    for callback in callbacks:
-        selected = select_tables(hosts, callback.patterns, callback.state_key)
-        names = [table.name for table in selected]
-        ownership.claim(callback.state_key, callback.owns, names)
-        claimed.update(names)
-        if callback.owns == "width":
-            cuts.update(callback.table_cuts(selected))
-    wanted = []
-    for host in hosts:
-        if isinstance(host.module, EngineHost):
-            _check_same_cuts(host, cuts)
-            continue
-        unallocated = any(table.weight is not None and table.weight.is_meta for table in host.tables)
-        if unallocated or any(table.name in claimed for table in host.tables):
-            _check_untied(pl_module, host)
-            wanted.append(host)
-    strategy = _sharding(trainer)
-    if strategy is None:
-        for host in wanted:
-            replace(pl_module, host.path, build_host(host, cuts, pl_module.device))
-    elif wanted:
-        device = trainer.strategy.root_device
-        wanted = [host for host in wanted if any(table.name in claimed for table in host.tables)]
-        specs = {host.path: sharded_spec(host, cuts, device) for host in wanted}
-        codecs = getattr(strategy, "codec_registry", None)
-        strategy.shard(
-            pl_module,
-            lambda path, module: RoutedBagsSharder(specs[path], type(module), codecs) if path in specs else None,
-        )
-    for host in wanted:
-        _start(pl_module.get_submodule(host.path), host, cuts)
-
-
-def _start(routed: nn.Module, source: HostView, cuts: Cuts) -> None:
-    """Give tables that stay whole their rows; those that are cut start without, until their owner has chosen them."""
-    assert isinstance(routed, EngineHost)
-    whole = [table.name not in cuts for table in source.tables]
-    stays = {(id(s.engine), s.index) for t, stay in enumerate(whole) if stay for s in routed.shards(t)}
-    for engine in routed.engines:
-        engine.move(
-            FixedPlan([table.full_code if (id(engine), t) in stays else 0 for t, table in enumerate(engine.tables)])
-        )
-        engine.clear_row_state()
-    routed.__dict__["_sources"] = {}
-    for t, stay in enumerate(whole):
-        if stay:
-            fill(routed, t, source)
-        else:
-            _sources(routed)[t] = source
-
-
-def _sharding(trainer: pl.Trainer) -> ShardingStrategy | None:
-    """The strategy, if it shards tables."""
-    strategy: Any = trainer.strategy
-    return strategy if callable(getattr(strategy, "shard", None)) else None
-
-
 def steps_done(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """Optimizer steps so far; batches where the module optimises by hand, since fused tables need no optimizer step."""
     if pl_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.total_batch_idx + 1
-
-
-def _sources(host: EngineHost) -> dict[int, HostView]:
-    """Replaced modules of tables that have no rows yet, by table index."""
-    sources: dict[int, HostView] = host.__dict__.setdefault("_sources", {})
-    return sources
 
 
 def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list[HeldTable]:
@@ -358,15 +243,3 @@ def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list
         for t, table in enumerate(host.tables)
         if table.name in wanted
     ]
-
-
-def _check_same_cuts(host: HostView, cuts: Cuts) -> None:
-    assert isinstance(host.module, EngineHost)
-    for view, table in zip(host.tables, host.module.logical_tables, strict=True):
-        wanted = cuts.get(view.name)
-        if wanted is not None and wanted != (table.chunks, table.layout):
-            raise SetupError(
-                f"table {view.name!r} is already stored in {table.chunks} chunks with layout {table.layout!r}, but"
-                f" {wanted[0]} chunks with layout {wanted[1]!r} are asked for: use the settings of the first run, or"
-                " start from a plain module"
-            )

@@ -3,3 +3,7 @@
 
 class NonFiniteLossError(RuntimeError):
     """The training loss is NaN or infinite."""
+
+
+class SetupError(RuntimeError):
+    """A callback cannot work in this trainer or on this module."""

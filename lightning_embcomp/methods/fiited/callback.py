@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,8 @@ from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError, st
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target, parse_bytes
 from lightning_embcomp.methods.fiited.module import DimensionPruner
+from lightning_embcomp.planners.footprint import TableFootprint
+from lightning_embcomp.planners.pruning import PrunedTable, pruned_footprints
 from lightning_embcomp.tables import TableView
 
 
@@ -160,3 +162,15 @@ class DimensionPruning(CompressionCallback):
                 f" has chunks={self.granularity.chunks}, layout={self.granularity.layout!r}. Use the saved settings"
             )
         self._events = int(state_dict["events"])
+
+    def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
+        """What stays of the tables as a run starts: the rows that come first, and most of their leading chunks."""
+        return pruned_footprints(
+            [PrunedTable.of(table) for table in tables],
+            target=self.target,
+            budget=self.budget,
+            chunks=self.granularity.chunks,
+            layout=self.granularity.layout,
+            falloff=self.granularity.falloff,
+            shared=self.scope == "global",
+        )

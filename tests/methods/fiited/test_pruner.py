@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
 from lightning_embcomp.engine.memory import table_memory
 from lightning_embcomp.engine.optimizer import FusedKind, FusedOptimizerSpec
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.fiited.config import Granularity
 from lightning_embcomp.methods.fiited.functional import chunk_factors
-from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.methods.fiited.module import BudgetError, DimensionPruner
 from lightning_embcomp.methods.fiited.plan import NonFiniteUtilityError
 

@@ -1,0 +1,129 @@
+"""Footprints of tables whose column chunks are pruned under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_embcomp.engine.layout import ChunkLayout
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.planners.footprint import TableFootprint, most_used
+from lightning_embcomp.planners.router import in_engine
+from lightning_embcomp.tables import TableView, in_backward_optimizer
+
+UTILITY_BYTES = 2.0
+"""A utility is a bfloat16 number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedTable:
+    """A table that competes for bytes.
+
+    Args:
+        name: Unique name.
+        rows: Logical rows.
+        dim: Columns.
+        itemsize: Bytes of a weight.
+        row_state: Bytes of optimizer state per stored row.
+        weight_state: Bytes of optimizer state per stored weight.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    itemsize: int = 4
+    row_state: int = 0
+    weight_state: int = 0
+
+    @classmethod
+    def of(cls, table: TableView) -> PrunedTable:
+        """Read a table of a model, with an optimizer that ``apply_optimizer_in_backward`` gave it."""
+        itemsize = table.weight.element_size() if isinstance(table.weight, Tensor) else 4
+        fused = in_backward_optimizer(table.weight)
+        kind = None if fused is None else FusedOptimizerSpec.from_torch(fused[0], {}, table.name).kind
+        return cls(
+            name=table.name,
+            rows=table.rows,
+            dim=table.dim,
+            itemsize=itemsize,
+            row_state=4 if kind == "rowwise_adagrad" else 0,
+            weight_state=4 if kind == "adagrad" else 0,
+        )
+
+    @property
+    def plain(self) -> int:
+        """Bytes of the plain weights."""
+        return self.rows * self.dim * self.itemsize
+
+
+def pruned_footprints(
+    tables: Sequence[PrunedTable],
+    *,
+    target: float | None = None,
+    budget: int | None = None,
+    chunks: int = 4,
+    layout: ChunkLayout = "prefix",
+    falloff: float = 0.3,
+    shared: bool = True,
+) -> dict[str, TableFootprint]:
+    """What tables keep when their most used column chunks are stored, rows ranked by Zipf's law.
+
+    That is how a run starts; later, rows are ranked by what was measured, and with ``shared`` bytes move between
+    tables. The router is not part of it.
+
+    Args:
+        tables: The tables.
+        target: Fraction of weight bytes to remove; give this or ``budget``.
+        budget: Bytes for the tables with optimizer state, router and utilities.
+        chunks: Column chunks of a row.
+        layout: Which chunks a row may store.
+        falloff: Worth of a chunk over that of the one before, layout ``prefix``.
+        shared: Whether all tables share one budget; otherwise each has its part.
+
+    Returns:
+        Footprints by name.
+
+    Raises:
+        ValueError: If neither or both of target and budget are given, or the budget is below what router and
+            utilities take.
+
+    Example:
+        >>> table = PrunedTable(name="user", rows=1000, dim=16)
+        >>> pruned_footprints([table], target=0.5)["user"].kept
+        0.5
+    """
+    if (target is None) == (budget is None):
+        raise ValueError("give either target (fraction of bytes to remove) or budget (bytes)")
+    row_bytes = UTILITY_BYTES * (chunks if layout == "chunks" else 1)
+    plain = [table.plain for table in tables]
+    allowed = [(1 - (target or 0.0)) * size for size in plain]
+    if budget is not None:
+        held_anyway = in_engine(TableFootprint(row_bytes=row_bytes), chunks, layout).row_bytes
+        left = budget - held_anyway * sum(table.rows for table in tables)
+        if left <= 0:
+            raise ValueError(
+                f"a budget of {budget:,} bytes is not above the {round(budget - left):,} bytes that router and"
+                f" utilities of the {len(tables)} tables take before any weight is stored: raise it, or select fewer"
+            )
+        allowed = [left * size / sum(plain) for size in plain]
+    costs = [_chunk_bytes(table, chunks, with_state=budget is not None) for table in tables]
+    live: dict[str, tuple[float, ...]] = {}
+    for group in [list(range(len(tables)))] if shared else [[t] for t in range(len(tables))]:
+        shares = most_used(
+            [tables[t].rows for t in group],
+            [costs[t] for t in group],
+            sum(allowed[t] for t in group),
+            falloff if layout == "prefix" else 1.0,
+        )
+        live |= {tables[t].name: of_table for t, of_table in zip(group, shares, strict=True)}
+    return {name: TableFootprint(live=shares, row_bytes=row_bytes) for name, shares in live.items()}
+
+
+def _chunk_bytes(table: PrunedTable, chunks: int, *, with_state: bool) -> tuple[float, ...]:
+    """Bytes of each chunk of a row; state per row is paid with the first."""
+    per_weight = table.itemsize + (table.weight_state if with_state else 0)
+    chunk = table.dim / chunks * per_weight
+    first = chunk + (table.row_state if with_state else 0)
+    return (first, *[chunk] * (chunks - 1))

@@ -1,0 +1,450 @@
+"""The Lightning strategy for models with sharded embedding tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment, TorchCheckpointIO
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig
+from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan, ShardingPlanner
+from torchrec.optim.keyed import KeyedOptimizer
+
+from lightning_embcomp.checkpoints import saving_group
+from lightning_embcomp.deferred import deferred_tables
+from lightning_embcomp.methods.fiited.config import parse_bytes
+from lightning_embcomp.strategies.checkpointing import DistributedCheckpoints
+from lightning_embcomp.strategies.clipping import clip_grad_norm, spread_parameters
+from lightning_embcomp.strategies.discovery import find_shardable, find_sharded
+from lightning_embcomp.strategies.environment import set_local_world_size
+from lightning_embcomp.strategies.errors import ShardingError
+from lightning_embcomp.strategies.evaluation import EmptyLookups, EvaluatesTogether
+from lightning_embcomp.strategies.launching import TableLauncher
+from lightning_embcomp.strategies.moving import move_batch
+from lightning_embcomp.strategies.optimizer_state import plain_parts
+from lightning_embcomp.strategies.optimizers import (
+    FusedRates,
+    drop_fused_parameters,
+    fused_optimizers,
+    is_fused,
+    step_after_closure,
+)
+from lightning_embcomp.strategies.options import check_fused_params, check_sharding, read_codecs
+from lightning_embcomp.strategies.planning import PlannerFactory, PlanSettings, fused_tables, make_plan
+from lightning_embcomp.strategies.refusals import check_fused, check_precision
+from lightning_embcomp.strategies.sharders import SharderFor, default_sharders
+from lightning_embcomp.strategies.sharding import materialise, shard_in_place
+from lightning_embcomp.strategies.wrapping import (
+    has_dense_parameters,
+    ignore_in_ddp,
+    move_dense,
+    sync_dense_states,
+)
+
+
+class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
+    """Shards the TorchRec embedding collections of any LightningModule over processes; the rest trains in DDP.
+
+    The module needs no change: every ``EmbeddingBagCollection``, ``EmbeddingCollection`` and their fused versions are
+    replaced in place by sharded ones, with their weights. Tables that are built in ``configure_model`` are never
+    allocated in full. Losses are means over the processes' batches, so ``n`` processes train as one with an ``n`` times
+    larger batch.
+
+    Tables with an optimizer in the backward pass (``apply_optimizer_in_backward``, fused collections, or
+    ``fused_params``) keep it; gradient clipping, accumulation and ``16-mixed`` do not reach those and are refused.
+    Tables without one get gradients for the optimizer of ``configure_optimizers``, which may take
+    ``self.parameters()``.
+
+    Args:
+        sharding: Allowed sharding types (``table_wise``, ``row_wise``, ``column_wise``, ``data_parallel``, ...) by a
+            glob of table names; the first glob that matches a table counts. By default the planner chooses.
+        fused_params: Optimizer for tables that have none of their own: ``optimizer`` (``sgd``, ``adagrad``,
+            ``rowwise_adagrad`` or ``adam``), ``learning_rate``, and other arguments of FBGEMM's tables.
+        planner: A TorchRec planner, or a class or function that builds one when called with ``topology``,
+            ``constraints``, ``batch_size`` and ``storage_reservation``.
+        hbm: Device memory for each process, such as ``80GB``; by default what the device has.
+        ddr: Host memory for each process; by default the machine's over its processes.
+        batch_size: Rows of a batch for each process, for the planner's estimates.
+        codecs: How rows and gradients are encoded while they travel: TorchRec's ``QCommsConfig``, or codecs by
+            operation.
+        defer_tables: Whether tables built in ``configure_model`` are allocated and initialised only in shards.
+        weights_only: Whether checkpoints with objects of unknown classes, say of a callback, are refused.
+        ddp_comm_state: State of ``ddp_comm_hook``.
+        ddp_comm_hook: Communication hook for the gradients of the dense rest; works on the CPU too.
+        ddp_comm_wrapper: Wraps the hook.
+        process_group_backend: ``gloo`` or ``nccl``; by default that of the device.
+        timeout: How long a process waits for the others before it gives up.
+        start_method: How processes are started if no launcher has done so: ``popen``, ``spawn``, ...
+        ddp: Arguments for ``DistributedDataParallel`` around the dense rest, such as ``find_unused_parameters``.
+        accelerator: Lightning's accelerator; the trainer's by default, as for the following.
+        parallel_devices: Devices of the processes on this machine.
+        cluster_environment: Who started the processes.
+        precision_plugin: Lightning's precision plugin.
+
+    Raises:
+        ValueError: If an option cannot be read.
+
+    Example:
+        >>> strategy = TorchRecStrategy(sharding={"user": "row_wise"}, ddr="4GB")
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+        >>> trainer.strategy.sharded_paths
+        []
+    """
+
+    strategy_name = "torchrec"
+
+    def __init__(
+        self,
+        sharding: Mapping[str, str | list[str]] | None = None,
+        fused_params: Mapping[str, Any] | None = None,
+        planner: ShardingPlanner | PlannerFactory | None = None,
+        hbm: str | int | None = None,
+        ddr: str | int | None = None,
+        batch_size: int | None = None,
+        codecs: QCommsConfig | Mapping[str, QuantizedCommCodecs] | None = None,
+        defer_tables: bool = True,
+        weights_only: bool = True,
+        ddp_comm_state: object | None = None,
+        ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None,
+        process_group_backend: Literal["gloo", "nccl"] | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        ddp: Mapping[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            ddp_comm_state=ddp_comm_state,
+            ddp_comm_hook=ddp_comm_hook,
+            ddp_comm_wrapper=ddp_comm_wrapper,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            precision_plugin=precision_plugin,
+            **{"static_graph": False, **(ddp or {})},
+        )
+        self._settings = PlanSettings(
+            sharding=check_sharding(sharding),
+            fused_params=check_fused_params(fused_params),
+            hbm=None if hbm is None else parse_bytes(hbm),
+            ddr=None if ddr is None else parse_bytes(ddr),
+            batch_size=batch_size,
+        )
+        self._planner = planner
+        self._codecs = codecs
+        self._defer_tables = defer_tables
+        self.weights_only = weights_only
+        self._parameter_order = []
+        self.plan: ShardingPlan | None = None
+        self._fused_tables: list[str] = []
+        self._rates: FusedRates | None = None
+
+    # Processes -----------------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = TableLauncher(self, start_method=self._start_method)
+
+    def setup_distributed(self) -> None:
+        """Start the process group."""
+        set_local_world_size(self.cluster_environment, self.num_processes)
+        super().setup_distributed()
+
+    # Sharding ------------------------------------------------------------------------------------------------------
+
+    @property
+    def sharded_paths(self) -> list[str]:
+        """Paths of the sharded collections in the module."""
+        return [] if self.lightning_module is None else list(self.sharded_modules)
+
+    @property
+    def sharded_modules(self) -> dict[str, nn.Module]:
+        """The sharded collections of the module, by path."""
+        return {} if self.lightning_module is None else find_sharded(self.lightning_module)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Leave the tables that ``configure_model`` builds on the meta device, until they are sharded."""
+        if not self._defer_tables:
+            yield
+            return
+        with deferred_tables():
+            yield
+
+    def shard(
+        self,
+        pl_module: pl.LightningModule,
+        sharder_for: SharderFor | None = None,
+        planner: ShardingPlanner | PlannerFactory | None = None,
+    ) -> None:
+        """Shard the collections of a module in place; what is sharded already stays as it is.
+
+        The strategy does so in its own ``setup``. A callback may do it before, in its ``setup`` hook, when the process
+        group is up; all processes call it.
+
+        Args:
+            pl_module: The module.
+            sharder_for: Chooses a sharder by path and module, from the outside in; None for the default one. A
+                sharder with a true attribute ``carries_weights`` puts the first values into its tables itself.
+            planner: A planner for these collections, in place of the strategy's.
+
+        Raises:
+            ShardingError: If a collection cannot be sharded, or no plan fits.
+        """
+        found = find_shardable(pl_module, sharder_for)
+        if not found:
+            return
+        defaults = default_sharders(self._settings.fused_params, read_codecs(self._codecs, self.root_device))
+        fused = fused_tables(found, defaults, self._settings.fused_params)
+        plan = make_plan(pl_module, found, defaults, self.root_device, self._settings, planner or self._planner)
+        shard_in_place(pl_module, found, plan, defaults, self.root_device)
+        self.plan = ShardingPlan({**(self.plan.plan if self.plan else {}), **plan.plan})
+        self._fused_tables += fused
+
+    # Setup ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shard, wrap the rest in DDP, and set up optimizers.
+
+        Args:
+            trainer: The trainer.
+
+        Raises:
+            ShardingError: If there is nothing to shard, or a setting does not reach the tables.
+        """
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        if type(self.checkpoint_io) is not TorchCheckpointIO:
+            raise ShardingError(
+                f"{type(self.checkpoint_io).__name__} has no effect: checkpoints of sharded tables are written by all"
+                " processes together. Leave the plugin out"
+            )
+        saving_group()  # a process that dies later breaks this connection, instead of leaving the others waiting
+        check_precision(trainer)
+        module = self.lightning_module
+        self.shard(module)
+        if not self.sharded_modules:
+            raise ShardingError(
+                f"{type(module).__name__} has no EmbeddingBagCollection or EmbeddingCollection to shard: use"
+                " strategy='ddp'"
+            )
+        self._adopt(module)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            check_fused(trainer, self._fused_tables)
+        if fitting and self._layer_sync:
+            self.model = self._layer_sync.apply(module)
+        self.model_to_device()
+        ignore_in_ddp(module, self.sharded_paths)
+        self._lookups = EmptyLookups(self.sharded_modules.values())
+        if fitting:
+            self.configure_ddp()
+            self.setup_optimizers(trainer)
+        else:
+            sync_dense_states(module)
+        self.setup_precision_plugin()
+        if fitting:
+            # State of fused optimizers is where the tables are, and TorchRec's mappings cannot be written.
+            _optimizers_to_device([o for o in self.optimizers if not isinstance(o, KeyedOptimizer)], self.root_device)
+
+    def _adopt(self, module: pl.LightningModule) -> None:
+        """Take over collections that an earlier run has sharded."""
+        if self.plan is None:
+            plans = {path: getattr(m, "module_sharding_plan", {}) for path, m in self.sharded_modules.items()}
+            self.plan = ShardingPlan(plans)
+            self._fused_tables = [
+                name.removesuffix(".weight")
+                for path in self.sharded_paths
+                for name, parameter in module.get_submodule(path).named_parameters(prefix=path)
+                if is_fused(parameter)
+            ]
+
+    def model_to_device(self) -> None:
+        """Move the dense rest to the device; tables were built there."""
+        assert self.lightning_module is not None
+        materialise(self.lightning_module, self.root_device)
+        move_dense(self.lightning_module, self.sharded_paths, self.root_device)
+
+    def configure_ddp(self) -> None:
+        """Wrap the module in DDP, with sharded parameters left out; a module of tables alone stays as it is."""
+        assert self.lightning_module is not None
+        if has_dense_parameters(self.lightning_module):
+            super().configure_ddp()
+            return
+        if self._ddp_comm_hook is not None:
+            raise ShardingError("a communication hook has no effect on a module without dense parameters: drop it")
+        sync_dense_states(self.lightning_module)
+
+    def _register_ddp_hooks(self) -> None:
+        if self._ddp_comm_hook is not None:
+            assert isinstance(self.model, DistributedDataParallel)
+            _register_ddp_comm_hook(
+                model=self.model,
+                ddp_comm_state=self._ddp_comm_state,
+                ddp_comm_hook=self._ddp_comm_hook,
+                ddp_comm_wrapper=self._ddp_comm_wrapper,
+            )
+
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
+        """Set the communication hook for gradients of the dense rest, before or after the module is wrapped.
+
+        Args:
+            state: Handed to the hook.
+            hook: Called with the state and a bucket; DDP wants it annotated
+                ``-> torch.futures.Future[torch.Tensor]``.
+
+        Raises:
+            ShardingError: If there is a hook already.
+
+        Example:
+            >>> from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+            >>> strategy = TorchRecStrategy()
+            >>> strategy.register_comm_hook(None, bf16_compress_hook)
+        """
+        if self._ddp_comm_hook is not None:
+            name = getattr(self._ddp_comm_hook, "__name__", repr(self._ddp_comm_hook))
+            raise ShardingError(
+                f"DDP takes one communication hook, and {name} is set already: drop ddp_comm_hook=..., or one of the"
+                " callbacks that set a hook"
+            )
+        self._ddp_comm_hook, self._ddp_comm_state = hook, state
+        if isinstance(self.model, DistributedDataParallel):
+            self._register_ddp_hooks()
+
+    # Optimizers ----------------------------------------------------------------------------------------------------
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Build the optimizers, and take fused tables out of them.
+
+        Args:
+            trainer: The trainer.
+        """
+        super().setup_optimizers(trainer)
+        modules = list(self.sharded_modules.values())
+        names = self._names()
+        self._parameter_order = [
+            [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+            for _, optimizer in plain_parts(self.optimizers)
+        ]
+        drop_fused_parameters(self.optimizers, (p for m in modules for p in m.parameters() if is_fused(p)))
+        self._rates = FusedRates(fused_optimizers(modules, self.optimizers))
+
+    def setup_precision_plugin(self) -> None:
+        """Connect the precision plugin, and let it clip by the norm over all processes."""
+        super().setup_precision_plugin()
+        # Lightning asks the plugin, whatever its class, and leaves no other place for a strategy.
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
+    def _clip_grad_by_norm(self, optimizer: torch.optim.Optimizer, clip_val: int | float) -> None:
+        if self._fused_tables:
+            raise ShardingError("gradient clipping does not reach fused tables: train them from configure_optimizers")
+        if clip_val > 0:
+            spread = spread_parameters(self.sharded_modules, self.plan)
+            parameters = list(self.precision_plugin.main_params(optimizer))
+            clip_grad_norm(
+                [p for p in parameters if id(p) in spread],
+                [p for p in parameters if id(p) not in spread],
+                float(clip_val),
+                self.root_device,
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Bring learning rates to the fused tables, which note them in the forward pass, and run the module's step."""
+        if self._rates is not None:
+            self._rates.push()
+        return super().training_step(*args, **kwargs)
+
+    def optimizer_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Run the closure exactly once, and step.
+
+        Args:
+            optimizer: The optimizer.
+            closure: Forward and backward pass.
+            model: The module.
+            **kwargs: Arguments for the optimizer's step.
+        """
+        has_scaler = getattr(self.precision_plugin, "scaler", None) is not None  # runs the closure by itself
+        if isinstance(optimizer, KeyedOptimizer) and not has_scaler:
+            assert self.lightning_module is not None
+            return step_after_closure(self.precision_plugin, optimizer, self.lightning_module, closure)
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    # Batches -------------------------------------------------------------------------------------------------------
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+        """Move a batch; hooks of the module or data module for it are called as usual.
+
+        Args:
+            batch: The batch.
+            device: Where to move it.
+            dataloader_idx: Index of its loader.
+        """
+        device = device or self.root_device
+        module = self.lightning_module
+        if module is None:
+            return move_batch(batch, device)
+        trainer = module.trainer
+        selector = trainer._data_connector._datahook_selector
+        owner = selector.get_instance("transfer_batch_to_device") if selector is not None else module
+        base = pl.LightningDataModule if isinstance(owner, pl.LightningDataModule) else pl.LightningModule
+        if type(owner).transfer_batch_to_device is not base.transfer_batch_to_device:
+            return super().batch_to_device(batch, device, dataloader_idx)
+        return module._call_batch_hook("on_after_batch_transfer", move_batch(batch, device), dataloader_idx)
+
+    def on_train_start(self) -> None:
+        """Check that all processes have batches for the same number of steps: a lookup needs all of them.
+
+        Raises:
+            ShardingError: If they have not.
+        """
+        super().on_train_start()
+        assert self.lightning_module is not None
+        counts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(counts, self.lightning_module.trainer.num_training_batches)
+        if len(set(counts)) > 1:
+            raise ShardingError(
+                f"the processes have {counts} training batches, and some would wait for the others for ever: divide the"
+                " data evenly (use_distributed_sampler, drop_last), or set limit_train_batches"
+            )
+
+    # End -----------------------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """Unwrap the module, which stays sharded and where it is: tables cannot be moved."""
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.lightning_module
+        if self._layer_sync and self.model is not None:
+            self.model = self._layer_sync.revert(self.model)
+        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        self._rates = None
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
