@@ -154,10 +154,9 @@ def _train(name: str, data: Data, epochs: int, callbacks: list[pl.Callback]) -> 
 def _popularity(callback: DimensionPruning, data: Data) -> PopularityGroups:
     live, counts = [], []
     for table in callback.owned:
-        engine = table.host.engine
-        live.append(live_fractions(engine, table.index))
+        live += [live_fractions(shard.engine, shard.index) for shard in table.shards]
         # ClickModel calls the table of feature `x` `t_x`.
-        counts.append(data.id_counts(engine.tables[table.index].name.removeprefix("t_")).numpy())
+        counts.append(data.id_counts(table.logical.name.removeprefix("t_")).numpy())
     return by_popularity(np.concatenate(live), np.concatenate(counts))
 
 

@@ -96,8 +96,9 @@ def find_hosts(root: nn.Module) -> list[HostView]:
     for path, module in root.named_modules():
         if any(not parent or path.startswith(parent + ".") for parent in inside):
             continue
-        if isinstance(module, (*PLAIN_HOSTS, EngineHost)):
-            hosts.append(HostView(path=path, module=module, tables=_tables(path, module)))
+        if isinstance(module, PLAIN_HOSTS) or isinstance(module, EngineHost):
+            holder: nn.Module = module
+            hosts.append(HostView(path=path, module=holder, tables=_tables(path, holder)))
             inside.append(path)
     return hosts
 

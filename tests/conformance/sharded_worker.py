@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from lightning_embcomp import MixedPrecisionSearch, PrecisionSearch
 from lightning_embcomp.data import ClickLogDataModule
 from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.layout import LogicalTable, Shard
@@ -84,12 +85,21 @@ def module(name: str, optimizer: str, source: ShareDataModule) -> ClickModel:
     return built
 
 
+def callbacks_of(name: str) -> list[pl.Callback]:
+    if name == "plain":
+        return []
+    if name == "mpe":
+        # Tables that start anew after the search draw other numbers on each process.
+        search = PrecisionSearch(steps=2, groups=16, frequency="rank", reset=False)
+        return [MixedPrecisionSearch(ratio=60, search=search)]
+    return [CASES[name].active()]
+
+
 def fit(
     name: str, optimizer: str, source: ShareDataModule, strategy: Any, ckpt_path: Path | None = None, **settings: Any
 ) -> tuple[ClickModel, pl.Trainer]:
     found = module(name, optimizer, source)
-    callbacks = [] if name == "plain" else [CASES[name].active()]
-    runner = trainer(*callbacks, strategy=strategy, use_distributed_sampler=False, **settings)
+    runner = trainer(*callbacks_of(name), strategy=strategy, use_distributed_sampler=False, **settings)
     runner.fit(found, datamodule=source, ckpt_path=ckpt_path)
     return found, runner
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.callback import CompressionCallback, SetupError, steps_done
-from lightning_embcomp.engine.host import HeldTable
-from lightning_embcomp.engine.hosts import RoutedHost
+from lightning_embcomp.engine.attached import RowValues
+from lightning_embcomp.engine.host import EngineHost, HeldTable, group_of
 from lightning_embcomp.engine.plan import SamePlan
+from lightning_embcomp.methods.mpe.assembly import mean_magnitudes, new_state, put_in
 from lightning_embcomp.methods.mpe.config import (
     PrecisionSearch,
     RowQuantization,
     check_bits,
     check_ratio,
 )
+from lightning_embcomp.methods.mpe.exchange import counts_of_all
 from lightning_embcomp.methods.mpe.functional import is_falling
-from lightning_embcomp.methods.mpe.groups import RowGroups
+from lightning_embcomp.methods.mpe.groups import GroupBounds
 from lightning_embcomp.methods.mpe.module import RowQuantizer
+from lightning_embcomp.methods.mpe.state import RoundingState
 from lightning_embcomp.methods.mpe.training import QuantizerTraining
-from lightning_embcomp.surgery import reinitialise
+from lightning_embcomp.planners.footprint import TableFootprint
+from lightning_embcomp.surgery import reinitialise, table_configs
+from lightning_embcomp.tables import TableView
 
 
 class MixedPrecisionSearch(CompressionCallback):
@@ -58,6 +63,7 @@ class MixedPrecisionSearch(CompressionCallback):
     """
 
     owns = "precision"
+    follows_shards = True
 
     def __init__(
         self,
@@ -102,73 +108,111 @@ class MixedPrecisionSearch(CompressionCallback):
 
     def on_tables_ready(self, fresh: bool) -> None:
         """Put quantizers between the rows and their use."""
+        group = group_of(self.owned)
+        for table in self.owned:
+            self._check_columns(table)
         by_host: dict[int, list[HeldTable]] = {}
-        for owned in self.owned:
-            by_host.setdefault(id(owned.host), []).append(owned)
+        for table in self.owned:
+            by_host.setdefault(id(table.host), []).append(table)
         self.training = QuantizerTraining(
-            [self._quantizer(tables) for tables in by_host.values()],
+            [self._state(tables) for tables in by_host.values()],
             self.quantization,
             self.search,
             ratio=self.ratio,
             penalty=self.penalty,
+            group=group,
         )
 
-    def _quantizer(self, tables: Sequence[HeldTable]) -> RowQuantizer:
-        """The quantizer of one engine; an engine that was rounded by an earlier run keeps its own."""
-        engine, indices = tables[0].host.engine, [table.index for table in tables]
-        widths = self.search.widths if self.bits is None else (self.bits,)
-        found = engine.values
-        if found is not None:
-            if not isinstance(found, RowQuantizer) or sorted(found.groups.bounds) != sorted(indices):
-                raise SetupError(
-                    f"{self.state_key}: other tables of the collection that holds {tables[0].name!r} are rounded by"
-                    " another callback already: give both the same tables, or put the tables into a collection of their"
-                    " own"
-                )
-            if found.widths.tolist() != list(widths):
-                raise SetupError(
-                    f"{self.state_key}: table {tables[0].name!r} is rounded with widths {found.widths.tolist()}, but"
-                    f" {list(widths)} are asked for: use the settings of the first run, or start from a plain module"
-                )
-            if found.purpose != self._purpose:
-                raise SetupError(
-                    f"{self.state_key}: table {tables[0].name!r} is rounded for {found.purpose}, but {self._purpose} is"
-                    " asked for: use the settings of the first run, or start from a plain module"
-                )
-            return found
-        if self.quantization.offset and any(engine.tables[t].chunks > 1 for t in indices):
+    def _check_columns(self, table: HeldTable) -> None:
+        """Refuse what is unknown of rows of which a process holds some columns only."""
+        if self.quantization.offset and table.logical.chunks > 1:
             raise SetupError(
-                f"{self.state_key}: quantization.offset would fill the columns of {tables[0].name!r} that dimension"
+                f"{self.state_key}: quantization.offset would fill the columns of {table.name!r} that dimension"
                 " pruning cuts: leave the offset out"
             )
-        rows = [table.rows for table in engine.tables]
+        if not table.host.is_cut_by_columns(table.index):
+            return
+        mend = f"shard it by rows or as a whole: sharding={{{table.logical.name!r}: 'row_wise'}}"
+        if self.searches and self.search.method == "sensitivity":
+            raise SetupError(
+                f"{self.state_key}: table {table.name!r} is sharded by columns, but what rounding does to the loss is a"
+                f" product over whole rows, which no process sees; {mend}, or search with search.method='softmax'"
+            )
+        if self.quantization.offset:
+            raise SetupError(
+                f"{self.state_key}: table {table.name!r} is sharded by columns, which quantization.offset does not"
+                f" follow: leave the offset out, or {mend}"
+            )
+
+    def _state(self, tables: Sequence[HeldTable]) -> RoundingState:
+        """State of the tables of one collection; one that was rounded by an earlier run keeps its own."""
+        host, group = tables[0].host, tables[0].group
+        found = [engine.values for engine in host.engines if engine.values is not None]
+        rounded = bool(group.sum(torch.tensor([len(found)])))
+        for values in found:
+            self._check_same(values, tables)
+        if found:
+            values = found[0]
+            assert isinstance(values, RowQuantizer)
+            return values.state
+        rows = [table.rows for table in host.logical_tables]
+        indices = [table.index for table in tables]
         largest = [rows[t] for t in indices]
         counts: dict[int, Tensor] = {}
         if self.bits is None:
-            share = -(-sum(owned.host.engine.tables[owned.index].rows for owned in self.owned) // self.search.groups)
-            largest = [share] * len(indices)
-            counts = {table.index: c for table in tables if (c := self._row_counts(table)) is not None}
-        unordered = {t: c for t, c in counts.items() if not is_falling(c)}
-        quantizer = RowQuantizer(
-            engine,
-            RowGroups(rows, indices, largest, unordered),
-            widths,
+            largest = [-(-sum(owned.logical.rows for owned in self.owned) // self.search.groups)] * len(indices)
+            counts = {} if rounded else self._all_counts(tables)
+        groups = GroupBounds(rows, indices, largest)
+        unordered = {t: groups.by_frequency(t, c) for t, c in counts.items() if not is_falling(c)}
+        configs = table_configs(host)
+        state = new_state(
+            tables,
+            groups,
+            self.search.widths if self.bits is None else (self.bits,),
+            [1] * len(rows) if configs is None else [len(config.feature_names) for config in configs],
             offset=self.quantization.offset,
             temperature=self.search.temperature if self.search.method == "softmax" else None,
         )
-        quantizer.purpose = self._purpose
+        state.purpose = self._purpose
         for t, of_rows in counts.items():
-            quantizer.counts[quantizer.groups.of_table(t)] = quantizer.groups.sum_rows(t, of_rows.double())
+            state.counts[groups.of_table(t)] = groups.sum_rows(t, of_rows.double(), unordered.get(t))
+        if not rounded:  # else other processes hold the tables, and hand their state over when training starts
+            state.start(mean_magnitudes(tables))
         if self.bits is not None:
-            quantizer.fix(torch.full_like(quantizer.bits, self.bits))
-        engine.round_values(quantizer)
-        return quantizer
+            state.fix(torch.full_like(state.bits, self.bits))
+        put_in(host, state, unordered)
+        return state
+
+    def _check_same(self, found: RowValues, tables: Sequence[HeldTable]) -> None:
+        """Refuse an earlier rounding that differs from what is asked for."""
+        widths = self.search.widths if self.bits is None else (self.bits,)
+        name = tables[0].name
+        if not isinstance(found, RowQuantizer) or sorted(found.state.groups.bounds) != sorted(t.index for t in tables):
+            raise SetupError(
+                f"{self.state_key}: other tables of the collection that holds {name!r} are rounded by another callback"
+                " already: give both the same tables, or put the tables into a collection of their own"
+            )
+        if found.state.widths.tolist() != list(widths):
+            raise SetupError(
+                f"{self.state_key}: table {name!r} is rounded with widths {found.state.widths.tolist()}, but"
+                f" {list(widths)} are asked for: use the settings of the first run, or start from a plain module"
+            )
+        if found.state.purpose != self._purpose:
+            raise SetupError(
+                f"{self.state_key}: table {name!r} is rounded for {found.state.purpose}, but {self._purpose} is asked"
+                " for: use the settings of the first run, or start from a plain module"
+            )
+
+    def _all_counts(self, tables: Sequence[HeldTable]) -> dict[int, Tensor]:
+        """Occurrences of the rows of each table in the training data of all processes, where they are needed."""
+        found = {table.index: self._row_counts(table) for table in tables}
+        return {t: counts_of_all(c, tables[0].group) for t, c in found.items() if c is not None}
 
     def _row_counts(self, table: HeldTable) -> Tensor | None:
         """Occurrences of the rows of a table in the training data, or None if ids are taken as ranks."""
         if self.search.frequency == "rank":
             return None
-        configs = getattr(table.host, "_configs", None)
+        configs = table_configs(table.host)
         features = configs[table.index].feature_names if configs else []
         if not self._fitting and not (hasattr(self._data, "id_counts") and features):
             return None  # a checkpoint brings its groups along
@@ -179,7 +223,7 @@ class MixedPrecisionSearch(CompressionCallback):
                 " search.frequency='rank'"
             )
         counts = sum(self._data.id_counts(feature) for feature in features)
-        rows = table.host.engine.tables[table.index].rows
+        rows = table.logical.rows
         if not isinstance(counts, Tensor) or counts.shape != (rows,):
             raise SetupError(
                 f"{self.state_key}: id_counts of {features} gives {getattr(counts, 'shape', type(counts))} instead of"
@@ -191,6 +235,7 @@ class MixedPrecisionSearch(CompressionCallback):
         """Continue a saved run."""
         assert self.training is not None
         self._last_step = steps_done(trainer, pl_module)
+        self.training.synchronise()
         if self._saved is not None:
             self.training.load_state_dict(self._saved)
             self._saved = None
@@ -244,17 +289,18 @@ class MixedPrecisionSearch(CompressionCallback):
             owned = [table.index for table in self.owned if table.host is host]
             for t in owned:
                 reinitialise(host, t, trainer.optimizers)
-            if len(owned) == len(host.engine.tables):
-                host.engine.clear_row_state(None, trainer.optimizers)
+            if len(owned) == len(host.logical_tables):
+                for engine in host.engines:
+                    engine.clear_row_state(None, trainer.optimizers)
 
     @property
-    def _hosts(self) -> list[RoutedHost]:
+    def _hosts(self) -> list[EngineHost]:
         return list({id(owned.host): owned.host for owned in self.owned}.values())
 
     def _drop_rows(self, trainer: pl.Trainer) -> None:
         """Free the rows that need no bits."""
-        for host in self._hosts:
-            host.engine.move(SamePlan(), trainer.optimizers)
+        for engine in (engine for host in self._hosts for engine in host.engines):
+            engine.move(SamePlan(), trainer.optimizers)
 
     @property
     def searches(self) -> bool:
@@ -290,3 +336,11 @@ class MixedPrecisionSearch(CompressionCallback):
                 " saved settings"
             )
         self._saved = state_dict or None
+
+    def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
+        """All weights, since rows without bits are dropped only after the search, and the group of every row."""
+        by_rank = not self.searches or self.search.frequency == "rank"
+        bits = 32 / self.ratio if self.ratio is not None else float(self.bits or 32)
+        # Groups are int16, one for 64 rows where ids are numbered by falling frequency.
+        footprint = TableFootprint(row_bytes=2 / 64 if by_rank else 2.0, serving_bits=bits)
+        return {table.name: footprint for table in tables}

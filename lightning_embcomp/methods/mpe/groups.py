@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,59 +15,35 @@ _MOST_GROUPS = 2**15  # of a table, numbered by int16
 _NO_LOOKUP = 63  # shifts every id to 0
 
 
-class RowGroups:
-    """Groups of the rows of several tables.
-
-    Where ids are numbered by falling frequency, a group is a range of ids and the lookup holds one int16 per 64 rows;
-    elsewhere it holds one int16 per row.
+class GroupBounds:
+    """How the rows of several whole tables are cut into groups.
 
     Args:
         rows: Rows of each table.
         owned: Tables that have groups.
         largest: Rows of the largest group of each owned table; its number of rows for a single group.
-        counts: Occurrences of each row, for owned tables whose ids are not numbered by falling frequency.
+
+    Raises:
+        ValueError: If a table would have more groups than int16 numbers.
+
+    Example:
+        >>> bounds = GroupBounds([1000, 5, 100], owned=[0, 2], largest=[256, 64])
+        >>> bounds.of_table(2), bounds.sizes().tolist()
+        (slice(6, 8, None), [64, 64, 128, 256, 256, 232, 64, 36])
     """
 
-    def __init__(
-        self, rows: Sequence[int], owned: Sequence[int], largest: Sequence[int], counts: dict[int, Tensor]
-    ) -> None:
+    def __init__(self, rows: Sequence[int], owned: Sequence[int], largest: Sequence[int]) -> None:
         self.bounds: dict[int, Tensor] = {}
         self.first: dict[int, int] = {}
-        self._parts: list[Tensor] = []
-        self._shift: list[int] = []
         table_of: list[int] = []
-        sizes = dict(zip(owned, largest, strict=True))
-        for t, n in enumerate(rows):
-            if t not in sizes:
-                self._append(torch.tensor([-1]), _NO_LOOKUP)
-                continue
-            bounds = torch.tensor([0, n] if sizes[t] >= n else group_bounds(n, sizes[t]))
+        for t, most in sorted(zip(owned, largest, strict=True)):
+            n = rows[t]
+            bounds = torch.tensor([0, n] if most >= n else group_bounds(n, most))
             if bounds.numel() > _MOST_GROUPS:
                 raise ValueError(f"table {t} would have {bounds.numel() - 1} groups; {_MOST_GROUPS - 1} are the most")
             self.bounds[t], self.first[t] = bounds, len(table_of)
             table_of += [t] * (bounds.numel() - 1)
-            if t in counts:
-                by_rank = torch.repeat_interleave(torch.arange(bounds.numel() - 1), bounds.diff())
-                of_row = torch.empty(n, dtype=torch.int64)
-                of_row[torch.argsort(counts[t], descending=True, stable=True)] = by_rank
-                self._append(of_row, 0)
-            else:
-                self._append(torch.bucketize(torch.arange(0, n, GRANULE), bounds[1:-1], right=True), _SHIFT)
         self.table = torch.tensor(table_of)
-        self._join()
-
-    def _append(self, groups: Tensor, shift: int) -> None:
-        self._parts.append(groups.to(torch.int16))
-        self._shift.append(shift)
-
-    def _join(self) -> None:
-        starts = [0]
-        for part in self._parts:
-            starts.append(starts[-1] + part.numel())
-        self._start = torch.tensor(starts[:-1])
-        self._lookup = torch.cat(self._parts)
-        self._parts = [self._lookup[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        self._base = torch.tensor([self.first.get(t, 0) for t in range(len(self._shift))])
 
     def of_table(self, table: int) -> slice:
         """Its groups among those of all tables."""
@@ -77,16 +54,111 @@ class RowGroups:
         """Rows of every group, int64 ``(G,)``."""
         return torch.cat([bounds.diff() for bounds in self.bounds.values()])
 
-    def sum_rows(self, table: int, values: Tensor) -> Tensor:
-        """Sums over the groups of a table of one value per row."""
-        per_row = self.per_row(table)
+    def by_rank(self, table: int) -> Tensor:
+        """Group of each row of a table within it, most frequent row first, int64 ``(R,)``."""
         bounds = self.bounds[table]
-        group = torch.repeat_interleave(torch.arange(bounds.numel() - 1), bounds.diff()) if per_row is None else per_row
-        return values.new_zeros(bounds.numel() - 1).index_add_(0, group.long(), values)
+        return torch.repeat_interleave(torch.arange(bounds.numel() - 1), bounds.diff())
+
+    def by_frequency(self, table: int, counts: Tensor) -> Tensor:
+        """Group of each row of a table within it, int16 ``(R,)``.
+
+        Args:
+            table: Index of the table.
+            counts: Occurrences of each row.
+        """
+        found = torch.empty(counts.numel(), dtype=torch.int16)
+        found[torch.argsort(counts, descending=True, stable=True)] = self.by_rank(table).to(torch.int16)
+        return found
+
+    def sum_rows(self, table: int, values: Tensor, group: Tensor | None = None) -> Tensor:
+        """Sums over the groups of a table of one value per row.
+
+        Args:
+            table: Index of the table.
+            values: ``(R,)``.
+            group: Group of each row within its table; None where groups are ranges of ids.
+        """
+        of_row = self.by_rank(table) if group is None else group.long()
+        return values.new_zeros(self.bounds[table].numel() - 1).index_add_(0, of_row, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePart:
+    """The rows of a table that an engine holds.
+
+    Args:
+        table: Index of the whole table.
+        rows: Rows of the part.
+        first_row: Its first row in the whole table.
+        first_column: Its first column in the whole table.
+        dim: Its columns.
+    """
+
+    table: int
+    rows: int
+    first_row: int = 0
+    first_column: int = 0
+    dim: int
+
+
+class RowGroups:
+    """Groups of the rows that an engine holds.
+
+    Where ids are numbered by falling frequency, a group is a range of ids and the lookup holds one int16 per 64 rows;
+    elsewhere it holds one int16 per row.
+
+    Args:
+        whole: Groups of the whole tables.
+        parts: What the engine holds, table by table.
+        groups: Group of each row of a whole table, for those whose ids are not numbered by falling frequency.
+    """
+
+    def __init__(self, whole: GroupBounds, parts: Sequence[TablePart], groups: Mapping[int, Tensor]) -> None:
+        self.whole, self.parts = whole, tuple(parts)
+        self._groups: list[Tensor] = []
+        self._shift: list[int] = []
+        for e, part in enumerate(self.parts):
+            if not self.has(e):
+                self._append(torch.tensor([-1]), _NO_LOOKUP)
+            elif part.table in groups:
+                self._append(groups[part.table][part.first_row : part.first_row + part.rows], 0)
+            else:
+                self._append(self._ranges(part), _SHIFT)
+        self._join()
+
+    def _append(self, groups: Tensor, shift: int) -> None:
+        self._groups.append(groups.to(torch.int16))
+        self._shift.append(shift)
+
+    def _ranges(self, part: TablePart) -> Tensor:
+        """Group of each run of 64 rows that the part touches; the first may start before it."""
+        runs = torch.arange(part.first_row // GRANULE * GRANULE, part.first_row + part.rows, GRANULE)
+        return torch.bucketize(runs, self.whole.bounds[part.table][1:-1], right=True)
+
+    def _join(self) -> None:
+        starts = [0]
+        for groups in self._groups:
+            starts.append(starts[-1] + groups.numel())
+        self._start = torch.tensor(starts[:-1])
+        self._lookup = torch.cat(self._groups)
+        self._groups = [self._lookup[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self._base = torch.tensor([self.whole.first.get(part.table, 0) for part in self.parts])
+        # Rows of the first run that other parts hold.
+        before = [part.first_row % GRANULE for part in self.parts]
+        self._before = torch.tensor([n if shift == _SHIFT else 0 for n, shift in zip(before, self._shift, strict=True)])
+
+    def has(self, table: int) -> bool:
+        """Whether a table of the engine has groups."""
+        return self.parts[table].table in self.whole.bounds
 
     def per_row(self, table: int) -> Tensor | None:
         """Group of each row within its table, int16, a live view; None where groups are ranges of ids."""
-        return self._parts[table] if table in self.bounds and self._shift[table] == 0 else None
+        return self._groups[table] if self._shift[table] == 0 else None
+
+    def local_bounds(self, table: int) -> Tensor:
+        """Bounds of the groups in the rows of the part, where groups are ranges of ids; some may be empty."""
+        part = self.parts[table]
+        return (self.whole.bounds[part.table] - part.first_row).clamp(0, part.rows)
 
     @property
     def lookup(self) -> Tensor:
@@ -95,26 +167,31 @@ class RowGroups:
 
     def lookup_bytes(self, table: int) -> int:
         """Bytes of the lookup of a table."""
-        return self._parts[table].numel() * self._lookup.element_size()
+        return self._groups[table].numel() * self._lookup.element_size()
 
     def set_per_row(self, table: int, present: bool) -> None:
         """Make room for a group per row, or go back to ranges of ids."""
         if present == (self._shift[table] == 0):
             return
-        rows = int(self.bounds[table][-1])
-        if present:
-            self._parts[table] = torch.zeros(rows, dtype=torch.int16)
-        else:
-            ranges = torch.bucketize(torch.arange(0, rows, GRANULE), self.bounds[table][1:-1], right=True)
-            self._parts[table] = ranges.to(torch.int16)
+        part = self.parts[table]
+        self._groups[table] = (
+            torch.zeros(part.rows, dtype=torch.int16) if present else self._ranges(part).to(torch.int16)
+        )
         self._shift[table] = 0 if present else _SHIFT
         self._join()
 
     def of_ids(self, indices: Tensor, tables: Sequence[int], ids_per_feature: Sequence[int]) -> Tensor:
-        """Group of each id of a batch among those of all tables, int64 ``(N,)``; -1 for tables without groups."""
-        if len(self.bounds) == 1 and len(tables) == 1:
-            t = tables[0]
-            return self._lookup[self._start[t] + (indices.long() >> self._shift[t])].long()
+        """Group of each id of a batch among those of all whole tables, int64 ``(N,)``; -1 for tables without groups.
+
+        Args:
+            indices: Ids within the parts.
+            tables: Table of the engine of each feature.
+            ids_per_feature: How many of the ids belong to each feature.
+        """
+        if len(self.parts) == 1 and len(tables) == 1 and self.has(0):
+            run = (indices.long() + self._before[0]) >> self._shift[0]
+            return self._lookup[run].long() + self._base[0]
         table = torch.tensor(tables).repeat_interleave(torch.tensor(ids_per_feature))
-        found = self._lookup[self._start[table] + (indices.long() >> torch.tensor(self._shift)[table])].long()
+        run = (indices.long() + self._before[table]) >> torch.tensor(self._shift)[table]
+        found = self._lookup[self._start[table] + run].long()
         return torch.where(found < 0, found, found + self._base[table])

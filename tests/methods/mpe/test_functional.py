@@ -16,7 +16,7 @@ from lightning_embcomp.methods.mpe.functional import (
     penalty_gradient,
     softmax_gradient,
 )
-from lightning_embcomp.methods.mpe.groups import RowGroups
+from lightning_embcomp.methods.mpe.groups import GroupBounds, RowGroups, TablePart
 
 
 def test_group_bounds_by_hand() -> None:
@@ -29,19 +29,43 @@ def test_statistics_of_ordered_and_unordered_tables() -> None:
     """The same 130 rows numbered by frequency and shuffled: rows of the same count share a group."""
     counts = torch.arange(130, 0, -1)
     shuffle = torch.randperm(130, generator=torch.Generator().manual_seed(0))
-    groups = RowGroups([130, 7, 130], [0, 2], [64, 64], {2: counts[shuffle]})
-    assert groups.bounds[0].tolist() == [0, 64, 128, 130] == groups.bounds[2].tolist()
-    assert groups.table.tolist() == [0, 0, 0, 2, 2, 2]
-    assert groups.sizes().tolist() == [64, 64, 2, 64, 64, 2]
+    whole = GroupBounds([130, 7, 130], [0, 2], [64, 64])
+    unordered = whole.by_frequency(2, counts[shuffle])
+    groups = RowGroups(whole, [TablePart(table=t, rows=n, dim=4) for t, n in enumerate((130, 7, 130))], {2: unordered})
+    assert whole.bounds[0].tolist() == [0, 64, 128, 130] == whole.bounds[2].tolist()
+    assert whole.table.tolist() == [0, 0, 0, 2, 2, 2]
+    assert whole.sizes().tolist() == [64, 64, 2, 64, 64, 2]
     wanted = [sum(range(67, 131)), sum(range(3, 67)), 2 + 1]
-    assert groups.sum_rows(0, counts.double()).tolist() == wanted
-    assert groups.sum_rows(2, counts[shuffle].double()).tolist() == wanted
+    assert whole.sum_rows(0, counts.double()).tolist() == wanted
+    assert whole.sum_rows(2, counts[shuffle].double(), unordered).tolist() == wanted
     ids = torch.tensor([0, 63, 64, 129, 3, int((shuffle == 0).nonzero()), int((shuffle == 129).nonzero())])
     assert groups.of_ids(ids, [0, 1, 2], [4, 1, 2]).tolist() == [0, 0, 1, 2, -1, 3, 5]
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("unordered", [True, False])
+@pytest.mark.parametrize("cuts", [[0, 100, 100, 199, 700], [0, 64, 700]])
+def test_parts_of_a_table_have_its_groups(cuts: list[int], unordered: bool, alone: bool) -> None:
+    """Parts start anywhere, and may be empty; another table's part stands before or behind them."""
+    whole = GroupBounds([70, 700], [0, 1], [64, 128])
+    of_row = whole.by_frequency(1, torch.arange(700) % 13) if unordered else whole.by_rank(1)
+    for first, last in itertools.pairwise(cuts):
+        part = TablePart(table=1, rows=last - first, first_row=first, dim=4)
+        parts = [part] if alone else [part, TablePart(table=0, rows=70, dim=4)]
+        groups = RowGroups(whole, parts, {1: of_row} if unordered else {})
+        ids = torch.arange(last - first)
+        found = groups.of_ids(ids, [0], [ids.numel()])
+        assert torch.equal(found, of_row[first:last].long() + 2)
+        assert groups.lookup_bytes(0) <= (2 * part.rows if unordered else 2 * (part.rows / 64 + 2))
+        if not unordered:
+            in_part = torch.bucketize(ids, groups.local_bounds(0)[1:-1], right=True)
+            assert torch.equal(in_part, of_row[first:last])
+
+
 def test_lookup_costs_a_fraction_of_a_byte_where_ids_are_ordered() -> None:
-    groups = RowGroups([64_000, 64_000], [0, 1], [1000, 1000], {1: torch.randperm(64_000)})
+    whole = GroupBounds([64_000, 64_000], [0, 1], [1000, 1000])
+    parts = [TablePart(table=t, rows=64_000, dim=4) for t in range(2)]
+    groups = RowGroups(whole, parts, {1: whole.by_frequency(1, torch.randperm(64_000))})
     assert groups.lookup_bytes(0) == 2 * 1000
     assert groups.lookup_bytes(1) == 2 * 64_000
 

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.memory import engine_bytes, table_memory
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.engine.plan import FixedPlan, SamePlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
+from lightning_embcomp.methods.mpe.assembly import mean_magnitudes, put_in
 from lightning_embcomp.methods.mpe.config import PrecisionSearch, RowQuantization
-from lightning_embcomp.methods.mpe.groups import RowGroups
+from lightning_embcomp.methods.mpe.groups import GroupBounds
 from lightning_embcomp.methods.mpe.module import RowQuantizer
+from lightning_embcomp.methods.mpe.state import RoundingState
 from lightning_embcomp.methods.mpe.training import QuantizerTraining
 
 ROWS, DIMS = (200, 90, 130), (8, 8, 4)
@@ -38,18 +41,23 @@ def make(
     for t, table in enumerate(tables):
         engine.initialise(t, lambda rows: torch.nn.init.normal_(rows, std=0.3))
         assert table.full_code == 1
-    counts = {t: torch.randperm(ROWS[t]) for t in owned} if unordered else {}
-    groups = RowGroups(ROWS, owned, [64] * len(owned), counts)
-    quantizer = RowQuantizer(engine, groups, WIDTHS, **settings)
-    engine.round_values(quantizer)
+    groups = GroupBounds(ROWS, owned, [64] * len(owned))
+    by_frequency = {t: groups.by_frequency(t, torch.randperm(ROWS[t])) for t in owned} if unordered else {}
+    host = OneEngine(engine)
+    state = RoundingState(groups, dims, WIDTHS, **settings)
+    state.start(mean_magnitudes([HeldTable(host, t, f"t{t}") for t in owned]))
+    put_in(host, state, by_frequency)
+    quantizer = engine.values
+    assert isinstance(quantizer, RowQuantizer)
     return engine, quantizer
 
 
 def fix_at_random(quantizer: RowQuantizer) -> None:
     generator = torch.Generator().manual_seed(3)
-    index = torch.randint(0, len(WIDTHS), (quantizer.bits.numel(),), generator=generator)
-    quantizer.fix(quantizer.widths[index].to(torch.uint8))
-    quantizer.start_steps()
+    state = quantizer.state
+    index = torch.randint(0, len(WIDTHS), (state.bits.numel(),), generator=generator)
+    state.fix(state.widths[index].to(torch.uint8))
+    state.start_steps()
 
 
 def batch(pooling: int | None, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -148,7 +156,7 @@ def test_evaluation_moves_nothing_but_training_does() -> None:
         out.backward(torch.ones_like(out))
         same = [torch.equal(before[name], tensor) for name, tensor in quantizer.tensors(2).items()]
         assert all(same) is not training
-        assert (quantizer.take_sums() is not None) is training
+        assert (quantizer.state.take_sums() is not None) is training
 
 
 def test_search_measures_the_squared_change_of_each_sample() -> None:
@@ -162,18 +170,18 @@ def test_search_measures_the_squared_change_of_each_sample() -> None:
     wanted = torch.zeros(quantizer.bits.numel(), len(WIDTHS), dtype=torch.float64)
     for sample, (row, group) in enumerate(zip(rows, (0, 1, 0), strict=True)):
         for k, width in enumerate(WIDTHS):
-            step, half = float(quantizer.steps[0, width]), 2 ** (width - 1) if width else 0
+            step, half = float(quantizer.state.steps[0, width]), 2 ** (width - 1) if width else 0
             rounded = (row / step).round().clamp(-half, half - 1) * step if width else torch.zeros(8)
             wanted[group, k] += float((grad[sample, :8] * (rounded - row)).sum()) ** 2 * 3
-    torch.testing.assert_close(quantizer.error, wanted, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(quantizer.state.error, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_rows_of_width_zero_are_freed() -> None:
     engine, quantizer = make(owned=(0, 1, 2))
     whole = engine_bytes(engine)
     bits = torch.full((quantizer.bits.numel(),), 4, dtype=torch.uint8)
-    bits[quantizer.groups.of_table(0)] = torch.tensor([4, 0, 0, 0], dtype=torch.uint8)
-    quantizer.fix(bits)
+    bits[quantizer.state.groups.of_table(0)] = torch.tensor([4, 0, 0, 0], dtype=torch.uint8)
+    quantizer.state.fix(bits)
     engine.move(SamePlan())
     freed = (200 - 64) * 8 * 4
     assert table_memory(engine, 0).weights == 64 * 8 * 4
@@ -186,7 +194,7 @@ def test_rows_of_width_zero_are_freed() -> None:
 def test_a_budget_is_kept(method: Any) -> None:
     search = PrecisionSearch(method=method)
     engine, quantizer = make(temperature=search.temperature if method == "softmax" else None, owned=(0, 1, 2))
-    training = QuantizerTraining([quantizer], RowQuantization(), search, ratio=20.0, penalty=None)
+    training = QuantizerTraining([quantizer.state], RowQuantization(), search, ratio=20.0, penalty=None)
     engine.train()
     ids, offsets = batch(None)
     for _ in range(20):
@@ -201,17 +209,19 @@ def test_a_budget_is_kept(method: Any) -> None:
 def test_softmax_search_follows_the_paper() -> None:
     """One step of Adam moves every logit by its rate against the sign of loss and penalty."""
     engine, quantizer = make(temperature=3e-3, owned=(0,))
-    quantizer.counts = torch.tensor([640.0, 64.0, 64.0, 8.0])
+    quantizer.state.counts = torch.tensor([640.0, 64.0, 64.0, 8.0])
     training = QuantizerTraining(
-        [quantizer], RowQuantization(), PrecisionSearch(method="softmax"), ratio=None, penalty=1e9
+        [quantizer.state], RowQuantization(), PrecisionSearch(method="softmax"), ratio=None, penalty=1e9
     )
     engine.train()
     out = engine(*batch(1))
     out.sum().backward()
     training.step()
-    assert torch.allclose(quantizer.logits.abs(), torch.tensor(1e-3), rtol=1e-3)
-    assert (quantizer.logits[:, 0] > 0).all() and (quantizer.logits[:, -1] < 0).all()  # pressed to fewer bits
-    assert torch.allclose(quantizer.shares, torch.softmax(quantizer.logits / 3e-3, 1))
+    assert torch.allclose(quantizer.state.logits.abs(), torch.tensor(1e-3), rtol=1e-3)
+    assert (quantizer.state.logits[:, 0] > 0).all() and (
+        quantizer.state.logits[:, -1] < 0
+    ).all()  # pressed to fewer bits
+    assert torch.allclose(quantizer.state.shares, torch.softmax(quantizer.state.logits / 3e-3, 1))
 
 
 @pytest.mark.parametrize("unordered", [False, True])
@@ -222,5 +232,10 @@ def test_every_byte_is_counted(searching: bool, unordered: bool) -> None:
     if not searching:
         fix_at_random(quantizer)
     by_table = sum(table_memory(engine, t).total for t in range(3))
-    unused = [quantizer.offset[1], quantizer.offset[2, 4:], quantizer.magnitude[1:2], *2 * [quantizer.steps[1]]]
+    unused = [
+        quantizer.state.offset[1],
+        quantizer.state.offset[2, 4:],
+        quantizer.state.magnitude[1:2],
+        *2 * [quantizer.state.steps[1]],
+    ]
     assert engine_bytes(engine) - by_table == sum(4 * part.numel() for part in unused) + 2
