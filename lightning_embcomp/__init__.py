@@ -10,27 +10,44 @@ from lightning_embcomp.deferred import deferred_tables  # noqa: E402
 from lightning_embcomp.engine.counters import CounterSettings  # noqa: E402
 from lightning_embcomp.errors import NonFiniteLossError  # noqa: E402
 from lightning_embcomp.export.callback import ModelExport  # noqa: E402
+from lightning_embcomp.methods.dct.codecs import (  # noqa: E402
+    EmbeddingTrafficMonitor,
+    PooledThresholding,
+    comm_codecs,
+)
 from lightning_embcomp.methods.fiited.callback import DimensionPruning  # noqa: E402
 from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule  # noqa: E402
 from lightning_embcomp.methods.frequency_lr.callback import FrequencyAwareLR  # noqa: E402
 from lightning_embcomp.methods.mpe.callback import MixedPrecisionSearch  # noqa: E402
 from lightning_embcomp.methods.mpe.config import PrecisionSearch, RowQuantization  # noqa: E402
+from lightning_embcomp.planners import CompressionAwarePlanner, NoPlanError, TableFootprint  # noqa: E402
+from lightning_embcomp.strategies import ShardingError, TorchRecStrategy  # noqa: E402
+from lightning_embcomp.strategies.resharding import ReshardOnImbalance  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressionAwarePlanner",
     "CompressionCallback",
     "CounterSettings",
     "DimensionPruning",
+    "EmbeddingTrafficMonitor",
     "FrequencyAwareLR",
     "Granularity",
     "MixedPrecisionSearch",
     "ModelExport",
+    "NoPlanError",
     "NonFiniteLossError",
     "OwnershipError",
+    "PooledThresholding",
     "PrecisionSearch",
     "PruningSchedule",
+    "ReshardOnImbalance",
     "RowQuantization",
     "SetupError",
+    "ShardingError",
+    "TableFootprint",
+    "TorchRecStrategy",
+    "comm_codecs",
     "deferred_tables",
 ]

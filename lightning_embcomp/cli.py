@@ -38,7 +38,13 @@ TRAINER_COMMANDS = {
 """What LightningCLI runs, with the line for ``embcomp --help``."""
 
 COMMANDS = {
+    "consolidate": Command(
+        "lightning_embcomp.checkpoints.command", "write a sharded run's checkpoint directory as one file"
+    ),
     "export": Command("lightning_embcomp.export.command", "turn a checkpoint into low-precision tables that serve"),
+    "plan": Command(
+        "lightning_embcomp.planners.command", "say which rank would hold which table, with and without compression"
+    ),
     "report": Command("lightning_embcomp.report.command", "account for every byte of a trained model"),
 }
 """The other commands; one line here adds one."""

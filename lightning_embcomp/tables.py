@@ -96,9 +96,8 @@ def find_hosts(root: nn.Module) -> list[HostView]:
     for path, module in root.named_modules():
         if any(not parent or path.startswith(parent + ".") for parent in inside):
             continue
-        if isinstance(module, PLAIN_HOSTS) or isinstance(module, EngineHost):
-            holder: nn.Module = module
-            hosts.append(HostView(path=path, module=holder, tables=_tables(path, holder)))
+        if _is_host(module):
+            hosts.append(HostView(path=path, module=module, tables=_tables(path, module)))
             inside.append(path)
     return hosts
 
@@ -158,6 +157,10 @@ def in_backward_optimizer(weight: Any) -> tuple[type[torch.optim.Optimizer], Map
     if len(classes) > 1:
         raise ValueError(f"a table has {len(classes)} optimizers applied in backward; one is supported")
     return classes[0], (options or [{}])[0]
+
+
+def _is_host(module: nn.Module) -> bool:
+    return isinstance(module, (*PLAIN_HOSTS, EngineHost))
 
 
 def _tables(path: str, module: nn.Module) -> tuple[TableView, ...]:

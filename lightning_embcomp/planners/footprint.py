@@ -71,6 +71,8 @@ class TableFootprint:
             >>> TableFootprint(live=(1.0, 0.5)).chunks_of(dim=8, first=4, columns=4)
             slice(1, 2, None)
         """
+        if len(self.live) == 1 and self.prefix:
+            return slice(0, 1)  # a table that is not cut into chunks may be sharded between any columns
         width = dim // len(self.live)
         if first % width or columns % width or (columns < dim and not self.prefix):
             return None
@@ -114,7 +116,7 @@ class TableFootprint:
         Example:
             >>> footprint = TableFootprint(live=(0.9, 0.3, 0.1, 0.1))
             >>> round(footprint.read(1_000_000, slice(0, 4)), 2)
-            0.89
+            0.9
         """
         shares = self.live[chunks]
         return sum(harmonic(share * rows) for share in shares) / (len(shares) * harmonic(rows))

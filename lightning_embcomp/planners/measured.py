@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from pathlib import Path
 
 import torch
 
-from lightning_embcomp.engine.layout import ChunkLayout
+from lightning_embcomp.checkpoints import CheckpointReader
+from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
 from lightning_embcomp.engine.memory import TableMemory, table_memory
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.engine.router import slabs
+from lightning_embcomp.engine.state import LAYOUTS
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.planners.router import in_engine
 from lightning_embcomp.report.reading import read_report
+
+_COUNTER_STATE, _COUNTER_SGD_BYTES = "row_counter", 12.0  # FBGEMM's COUNTER_SGD: three float32 per stored row
 
 
 def engine_footprint(engine: RoutedEmbeddings, table: int) -> TableFootprint:
@@ -47,7 +54,7 @@ def checkpoint_footprints(path: str | os.PathLike[str]) -> dict[str, TableFootpr
     """What the tables of a checkpoint take in training.
 
     Args:
-        path: A Lightning checkpoint of one process.
+        path: A Lightning checkpoint, of one process or of several.
 
     Returns:
         Footprints of its compressed tables by unique name; plain tables have none.
@@ -55,6 +62,8 @@ def checkpoint_footprints(path: str | os.PathLike[str]) -> dict[str, TableFootpr
     Raises:
         CheckpointError: If it cannot be read, or holds no tables.
     """
+    if Path(path).is_dir():
+        return _of_directory(CheckpointReader(path))
     return {
         table.name: _footprint(table.memory, table.live, table.layout == "chunks")
         for table in read_report(path).tables
@@ -74,3 +83,40 @@ def _footprint(memory: TableMemory, live: tuple[float, ...], any_subset: bool) -
         lookup_bytes=in_engine(TableFootprint(), len(live), layout).lookup_bytes,
         prefix=not any_subset,
     )
+
+
+def _of_directory(reader: CheckpointReader) -> dict[str, TableFootprint]:
+    """Footprints from the shapes of saved tensors; see :mod:`lightning_embcomp.engine.sharded.storage`."""
+    found = {}
+    for key in sorted(reader.keys()):  # noqa: SIM118 - not a mapping
+        match = re.fullmatch(r"(?:(?P<host>.+)\.)?engine\.tables\.(?P<name>[^.]+)\.shape", key)
+        if match is None:
+            continue
+        numbers = torch.empty(reader.shape(key), dtype=reader.dtype(key))
+        reader.read_into({key: numbers})
+        _, rows, dim, chunks, layout = numbers.tolist()
+        table = LogicalTable(name=match["name"], rows=rows, dim=dim, chunks=chunks, layout=LAYOUTS[layout])  # type: ignore[arg-type]
+        name = ".".join(part for part in (match["host"], table.name) if part)
+        found[name] = _of_saved_table(reader, key.removesuffix("shape"), table)
+    return found
+
+
+def _of_saved_table(reader: CheckpointReader, prefix: str, table: LogicalTable) -> TableFootprint:
+    mine = {key[len(prefix) :] for key in reader.keys() if key.startswith(prefix)}  # noqa: SIM118 - not a mapping
+    stored = [0] * table.chunks
+    for code in range(1, table.codes):
+        name = f"rows.{code}.weight"
+        for chunk in table.live_chunks(code) if name in mine else ():
+            stored[chunk] += reader.shape(prefix + name)[0]
+    per_row = 0.0
+    for name in mine - {"shape", "row_codes"}:
+        shape = reader.shape(prefix + name)
+        if not name.startswith("rows.") and shape[:1] == (table.rows,):
+            per_row += math.prod(shape[1:]) * reader.dtype(prefix + name).itemsize
+    counting = any(name.endswith(f".{_COUNTER_STATE}") for name in mine)
+    footprint = TableFootprint(
+        live=tuple(count / table.rows for count in stored),
+        row_bytes=per_row,
+        state_bytes=_COUNTER_SGD_BYTES if counting else 0.0,
+    )
+    return in_engine(footprint, table.chunks, table.layout)

@@ -91,7 +91,7 @@ def pruned_footprints(
 
     Example:
         >>> table = PrunedTable(name="user", rows=1000, dim=16)
-        >>> pruned_footprints([table], target=0.5)["user"].kept
+        >>> round(pruned_footprints([table], target=0.5)["user"].kept, 3)
         0.5
     """
     if (target is None) == (budget is None):

@@ -3,6 +3,7 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_embcomp.strategies.errors import ShardingError
+from lightning_embcomp.strategies.resharding import ReshardOnImbalance
 from lightning_embcomp.strategies.strategy import TorchRecStrategy
 
 for _name, _start_method in (("torchrec", "popen"), ("torchrec_spawn", "spawn")):
@@ -14,4 +15,4 @@ for _name, _start_method in (("torchrec", "popen"), ("torchrec_spawn", "spawn"))
         start_method=_start_method,
     )
 
-__all__ = ["ShardingError", "TorchRecStrategy"]
+__all__ = ["ReshardOnImbalance", "ShardingError", "TorchRecStrategy"]

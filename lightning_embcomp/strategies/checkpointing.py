@@ -217,11 +217,14 @@ class DistributedCheckpoints(DDPStrategy):
         else:
             reader: CheckpointReader = self._checkpoint[_READER]
             saved = {name.removeprefix(STATE_DICT) for name in reader.keys() if name.startswith(STATE_DICT)}
+            # Tables that were not compressed yet, for modules that read them by themselves.
+            plain = {key for key in saved for path in self._self_saving if key.startswith(f"{path}.")}
             if strict:
-                check_names(state.keys(), saved)
+                check_names(state.keys(), saved - plain)
             reader.read_into({f"{STATE_DICT}{key}": tensor for key, tensor in state.items() if key in saved})
             for path, module in self._self_saving.items():
-                module.load_distributed_state(f"{COMPRESSED}{path}/", reader)
+                was_plain = any(key.startswith(f"{path}.") for key in plain)
+                module.load_distributed_state(f"{STATE_DICT}{path}." if was_plain else f"{COMPRESSED}{path}/", reader)
             extra = checkpoint.get("state_dict") or {}
             if extra:
                 with without(self.lightning_module, self._sharded):

@@ -13,6 +13,8 @@ from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from lightning_embcomp.methods.dct.codecs import PooledThresholding, comm_codecs
+
 SHARDING_TYPES = tuple(kind.value for kind in ShardingType)
 COLUMN_WISE = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value)
 
@@ -89,12 +91,12 @@ def check_fused_params(fused_params: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def read_codecs(
-    codecs: QCommsConfig | Mapping[str, QuantizedCommCodecs] | None, device: torch.device
+    codecs: PooledThresholding | QCommsConfig | Mapping[str, QuantizedCommCodecs] | None, device: torch.device
 ) -> dict[str, QuantizedCommCodecs] | None:
     """Read the codecs of the exchange of rows and gradients.
 
     Args:
-        codecs: TorchRec's configuration, or codecs by operation.
+        codecs: Our configuration, TorchRec's, or codecs by operation.
         device: Where tensors are encoded.
 
     Returns:
@@ -108,7 +110,9 @@ def read_codecs(
         return None
     if isinstance(codecs, QCommsConfig):
         return get_qcomm_codecs_registry(codecs, device=device)
-    return dict(codecs)
+    if isinstance(codecs, PooledThresholding):
+        return comm_codecs(codecs)
+    return codecs if isinstance(codecs, dict) else dict(codecs)
 
 
 def column_width(columns: int, processes: int) -> int:

@@ -212,8 +212,6 @@ def _allowed_types(table: _Table, asked: tuple[str, ...] | None, device_type: st
                 " optimizer without a word. Choose another sharding type, or train it from configure_optimizers"
             )
         return list(asked)
-    if not table.own:
-        return offered
     left_out = {ShardingType.GRID_SHARD.value}
     if device_type == "cpu":
         left_out.add(ShardingType.TABLE_ROW_WISE.value)

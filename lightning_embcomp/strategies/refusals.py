@@ -63,3 +63,17 @@ def check_fused(trainer: pl.Trainer, tables: Sequence[str]) -> None:
                 + (" (precision='bf16-mixed' works)" if "precision" in setting else "")
                 + ", or train the tables from configure_optimizers: no apply_optimizer_in_backward, no fused_params"
             )
+
+
+def check_pipeline(trainer: pl.Trainer) -> None:
+    """Refuse hooks that see batches in turn, while the next one is moved before this one is trained on.
+
+    Raises:
+        ShardingError: If there is such a hook.
+    """
+    for owner, base in ((trainer.lightning_module, pl.LightningModule), (trainer.datamodule, pl.LightningDataModule)):  # type: ignore[attr-defined]
+        if owner is not None and type(owner).on_before_batch_transfer is not base.on_before_batch_transfer:
+            raise ShardingError(
+                f"{type(owner).__name__}.on_before_batch_transfer would not see batches that pipeline='sparse_dist'"
+                " moves ahead: do its work in the data loader, or use pipeline='none'"
+            )

@@ -204,6 +204,8 @@ def move_tables(strategy: TorchRecStrategy, path: str, ranks: Mapping[str, int])
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in fused_optimizers([module], ())]
     changed = {name: _on_rank(plan[name], rank, device) for name, rank in ranks.items()}
     module.update_shards(changed, ShardingEnv.from_process_group(dist.group.WORLD), device)
+    # TorchRec 1.8 forgets this: where tables lay in the order of the features, they would get those of others.
+    module._has_features_permute = True
     known = {rate for of_optimizer in rates for rate in of_optimizer}
     for optimizer in fused_optimizers([module], ()):
         for group in optimizer.param_groups:

@@ -61,7 +61,7 @@ def default_sharders(
         True
     """
     params = dict(fused_params) if fused_params else None
-    registry = dict(codecs) if codecs else None
+    registry = codecs if isinstance(codecs, dict) or codecs is None else dict(codecs)
     sharders: list[ModuleSharder[Any]] = [
         BagSharder(params, registry),
         SequenceSharder(params, registry),

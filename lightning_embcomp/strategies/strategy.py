@@ -25,6 +25,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from lightning_embcomp.checkpoints import saving_group
 from lightning_embcomp.deferred import deferred_tables
+from lightning_embcomp.methods.dct.codecs import CodecRegistry, PooledThresholding
 from lightning_embcomp.methods.fiited.config import parse_bytes
 from lightning_embcomp.strategies.checkpointing import DistributedCheckpoints
 from lightning_embcomp.strategies.clipping import clip_grad_norm, spread_parameters
@@ -43,8 +44,9 @@ from lightning_embcomp.strategies.optimizers import (
     step_after_closure,
 )
 from lightning_embcomp.strategies.options import check_fused_params, check_sharding, read_codecs
+from lightning_embcomp.strategies.pipeline import InputPipeline
 from lightning_embcomp.strategies.planning import PlannerFactory, PlanSettings, fused_tables, make_plan
-from lightning_embcomp.strategies.refusals import check_fused, check_precision
+from lightning_embcomp.strategies.refusals import check_fused, check_pipeline, check_precision
 from lightning_embcomp.strategies.sharders import SharderFor, default_sharders
 from lightning_embcomp.strategies.sharding import materialise, shard_in_place
 from lightning_embcomp.strategies.wrapping import (
@@ -78,8 +80,11 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         hbm: Device memory for each process, such as ``80GB``; by default what the device has.
         ddr: Host memory for each process; by default the machine's over its processes.
         batch_size: Rows of a batch for each process, for the planner's estimates.
-        codecs: How rows and gradients are encoded while they travel: TorchRec's ``QCommsConfig``, or codecs by
+        codecs: How rows and gradients are encoded while they travel: ``PooledThresholding`` (largest entries of each
+            sample, or fewer bits), TorchRec's ``QCommsConfig``, or codecs by
             operation.
+        pipeline: ``sparse_dist`` sends the ids of the next batch to their tables while the present one trains; ``none``
+            does not.
         defer_tables: Whether tables built in ``configure_model`` are allocated and initialised only in shards.
         weights_only: Whether checkpoints with objects of unknown classes, say of a callback, are refused.
         ddp_comm_state: State of ``ddp_comm_hook``.
@@ -114,7 +119,8 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         hbm: str | int | None = None,
         ddr: str | int | None = None,
         batch_size: int | None = None,
-        codecs: QCommsConfig | Mapping[str, QuantizedCommCodecs] | None = None,
+        codecs: PooledThresholding | QCommsConfig | Mapping[str, QuantizedCommCodecs] | None = None,
+        pipeline: Literal["none", "sparse_dist"] = "none",
         defer_tables: bool = True,
         weights_only: bool = True,
         ddp_comm_state: object | None = None,
@@ -131,6 +137,8 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if pipeline not in ("none", "sparse_dist"):
+            raise ValueError(f"pipeline must be 'none' or 'sparse_dist', got {pipeline!r}")
         super().__init__(
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -153,6 +161,9 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         )
         self._planner = planner
         self._codecs = codecs
+        self._registry: dict[str, QuantizedCommCodecs] | None = None
+        self._overlap = pipeline == "sparse_dist"
+        self._pipeline: InputPipeline | None = None
         self._defer_tables = defer_tables
         self.weights_only = weights_only
         self._parameter_order = []
@@ -173,6 +184,18 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         super().setup_distributed()
 
     # Sharding ------------------------------------------------------------------------------------------------------
+
+    @property
+    def planner(self) -> ShardingPlanner | PlannerFactory | None:
+        """The user's planner."""
+        return self._planner
+
+    @property
+    def codec_registry(self) -> dict[str, QuantizedCommCodecs] | None:
+        """Codecs of what processes exchange, by TorchRec's name of the operation; None for plain exchange."""
+        if self._registry is None:
+            self._registry = read_codecs(self._codecs, self.root_device)
+        return self._registry
 
     @property
     def sharded_paths(self) -> list[str]:
@@ -216,9 +239,11 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         found = find_shardable(pl_module, sharder_for)
         if not found:
             return
-        defaults = default_sharders(self._settings.fused_params, read_codecs(self._codecs, self.root_device))
+        defaults = default_sharders(self._settings.fused_params, self.codec_registry)
         fused = fused_tables(found, defaults, self._settings.fused_params)
         plan = make_plan(pl_module, found, defaults, self.root_device, self._settings, planner or self._planner)
+        if isinstance(self.codec_registry, CodecRegistry):
+            self.codec_registry.check_plan(plan, pl_module)
         shard_in_place(pl_module, found, plan, defaults, self.root_device)
         self.plan = ShardingPlan({**(self.plan.plan if self.plan else {}), **plan.plan})
         self._fused_tables += fused
@@ -260,6 +285,9 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         ignore_in_ddp(module, self.sharded_paths)
         self._lookups = EmptyLookups(self.sharded_modules.values())
         if fitting:
+            if self._overlap:
+                check_pipeline(trainer)
+                self._pipeline = InputPipeline(self.sharded_modules)
             self.configure_ddp()
             self.setup_optimizers(trainer)
         else:
@@ -374,7 +402,12 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         """Bring learning rates to the fused tables, which note them in the forward pass, and run the module's step."""
         if self._rates is not None:
             self._rates.push()
-        return super().training_step(*args, **kwargs)
+        if self._pipeline is None:
+            return super().training_step(*args, **kwargs)
+        self._pipeline.start_step(args[0] if args else next(iter(kwargs.values())), self.batch_to_device)
+        output = super().training_step(*args, **kwargs)
+        self._pipeline.end_step()
+        return output
 
     def optimizer_step(
         self,
@@ -397,6 +430,17 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
             return step_after_closure(self.precision_plugin, optimizer, self.lightning_module, closure)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Look one batch ahead in the training loader, if there is a pipeline.
+
+        Args:
+            dataloader: The loader.
+        """
+        assert self.lightning_module is not None
+        if self._pipeline is None or not self.lightning_module.trainer.training:
+            return dataloader
+        return self._pipeline.wrap(dataloader)
+
     # Batches -------------------------------------------------------------------------------------------------------
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
@@ -409,6 +453,9 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         """
         device = device or self.root_device
         module = self.lightning_module
+        ahead = self._pipeline.moved(batch) if self._pipeline is not None and device == self.root_device else None
+        if ahead is not None:
+            return ahead
         if module is None:
             return move_batch(batch, device)
         trainer = module.trainer
@@ -427,6 +474,8 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         """
         super().on_train_start()
         assert self.lightning_module is not None
+        if self._pipeline is not None and len(self.lightning_module.trainer.fit_loop._combined_loader.flattened) != 1:  # type: ignore[union-attr]
+            raise ShardingError("pipeline='sparse_dist' works with one training loader: use 'none' with several")
         counts: list[Any] = [None] * self.world_size
         dist.all_gather_object(counts, self.lightning_module.trainer.num_training_batches)
         if len(set(counts)) > 1:
@@ -445,6 +494,9 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
             self.model = self._layer_sync.revert(self.model)
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         self._rates = None
+        if self._pipeline is not None:
+            self._pipeline.stop()
+            self._pipeline = None
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

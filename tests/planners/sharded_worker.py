@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,11 +16,12 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp import DimensionPruning
+from lightning_embcomp.checkpoints import save_checkpoint
 from lightning_embcomp.engine.host import HeldTable
 from lightning_embcomp.engine.memory import table_memory
 from lightning_embcomp.engine.sharded.collection import RoutedBagsSharder, ShardedRoutedBags
 from lightning_embcomp.methods.fiited.module import DimensionPruner
-from lightning_embcomp.planners import callback_footprints
+from lightning_embcomp.planners import TableFootprint, callback_footprints, checkpoint_footprints
 from lightning_embcomp.planners.options import Machine
 from lightning_embcomp.planners.storage import shard_bytes
 from lightning_embcomp.surgery import fill, sharded_spec
@@ -26,6 +30,11 @@ from tests.planners.models import bags, constraints, planner
 
 SIZES = {"large": (40_000, 32), "middle": (9_000, 32), "small": (640, 32)}
 CPU = torch.device("cpu")
+
+
+def _scratch() -> Path:
+    """A folder that all processes know."""
+    return Path(tempfile.gettempdir()) / f"embcomp-plan-{os.environ['MASTER_PORT']}"
 
 
 def check(kind: str, scattered: bool) -> None:
@@ -61,8 +70,26 @@ def check(kind: str, scattered: bool) -> None:
     for t in range(len(SIZES)):
         fill(routed, t, view)
     train(routed, pruner, scattered)
+    saved = _scratch() / f"{kind}-{scattered}.ckpt"
+    state = {f"bags.{name}": value for name, value in routed.distributed_state().items()}
+    save_checkpoint(saved, tensors=state, common={}, per_rank={})
+    check_saved(routed, checkpoint_footprints(saved), kind)
     assert held_bytes(routed) <= 1.02 * foreseen, (kind, rank, held_bytes(routed), foreseen)
     print(kind, rank, f"planned {foreseen:,}, at the start {held:,}, later {held_bytes(routed):,}", flush=True)
+
+
+def check_saved(routed: ShardedRoutedBags, found: dict[str, TableFootprint], kind: str) -> None:
+    """Bytes of all tables, from the shapes in a checkpoint, against those of all shards."""
+    held = torch.zeros(len(SIZES), dtype=torch.int64)
+    for t in range(len(SIZES)):
+        for shard in HeldTable(routed, t, "").counted_shards:
+            held[t] += table_memory(shard.engine, shard.index).weights
+    routed.group.sum(held)
+    for weights, (name, (rows, dim)) in zip(held.tolist(), SIZES.items(), strict=True):
+        footprint = found[f"bags.{name}"]
+        assert abs(footprint.kept * rows * dim * 4 - weights) < 1, (kind, name, footprint, weights)
+        assert (footprint.row_bytes, footprint.state_bytes, footprint.lookup_bytes) == (3.0, 0.0, 64.0)
+    assert len(found) == len(SIZES)
 
 
 def held_bytes(routed: ShardedRoutedBags) -> int:
@@ -89,5 +116,7 @@ if __name__ == "__main__":
         for scattered in (False, True):
             check(kind, scattered)
     dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(_scratch())
     dist.destroy_process_group()
     os._exit(0)

@@ -70,9 +70,10 @@ def test_parts_by_columns_hold_their_own_chunks() -> None:
     footprint = TableFootprint(live=(0.8, 0.4, 0.2, 0.1))
     assert footprint.chunks_of(64, 32, 32) == slice(2, 4)
     assert footprint.chunks_of(64, 0, 24) is None
+    assert TableFootprint(live=(0.5,)).chunks_of(64, 24, 12) == slice(0, 1)
     # 1.5 of 4 chunks per row on average: at most 0.75 of the rows store two, 0.375 all.
     assert footprint.stored(10, 0, 10, slice(0, 2)) == pytest.approx((0.8, 0.75))
-    assert footprint.stored(10, 0, 10, slice(2, 4)) == (0.375, 0.375)
+    assert footprint.stored(10, 0, 10, slice(2, 4)) == pytest.approx((0.375, 0.375))
     assert replace(footprint, prefix=False).chunks_of(64, 32, 32) is None
     assert replace(footprint, prefix=False).chunks_of(64, 0, 64) == slice(0, 4)
 

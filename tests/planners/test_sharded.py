@@ -22,8 +22,8 @@ def test_moved_tables_train_on_as_before() -> None:
 
 def test_tables_are_placed_by_load_and_room() -> None:
     assert place([5, 4, 3, 2], [1, 1, 1, 1], [0, 0, 1, 1], 2) == [0, 1, 1, 0]
-    # No rank may hold more than the fullest does, 10: the two large ones cannot share a rank.
-    assert place([5, 4, 3, 2], [10, 9, 1, 1], [0, 1, 1, 1], 2) == [0, 1, 1, 1]
+    # No rank may hold more than the fullest does, 11: nothing can join the largest table.
+    assert place([5, 4, 3, 2], [11, 9, 1, 1], [0, 1, 1, 1], 2) == [0, 1, 1, 1]
     assert place([0, 0], [1, 1], [1, 1], 2) == [1, 1]
 
 

@@ -308,7 +308,7 @@ class RoutedBagsSharder(EmbeddingBagCollectionSharder):
         module_type: type[nn.Module] = EmbeddingBagCollection,
         codecs: Mapping[str, QuantizedCommCodecs] | None = None,
     ) -> None:
-        super().__init__(qcomm_codecs_registry=None if codecs is None else dict(codecs))
+        super().__init__(qcomm_codecs_registry=codecs if isinstance(codecs, dict) or codecs is None else dict(codecs))
         self.spec = spec
         self._module_type = module_type
 
