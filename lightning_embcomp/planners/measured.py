@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_embcomp.checkpoints import CheckpointReader
+from lightning_embcomp.checkpoints import COMPRESSED, CheckpointReader
 from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
 from lightning_embcomp.engine.memory import TableMemory, table_memory
 from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -89,7 +89,8 @@ def _of_directory(reader: CheckpointReader) -> dict[str, TableFootprint]:
     """Footprints from the shapes of saved tensors; see :mod:`lightning_embcomp.engine.sharded.storage`."""
     found = {}
     for key in sorted(reader.keys()):  # noqa: SIM118 - not a mapping
-        match = re.fullmatch(r"(?:(?P<host>.+)\.)?engine\.tables\.(?P<name>[^.]+)\.shape", key)
+        path = key.removeprefix(COMPRESSED)
+        match = re.fullmatch(r"(?:(?P<host>.*)[/.])?engine\.tables\.(?P<name>[^.]+)\.shape", path)
         if match is None:
             continue
         numbers = torch.empty(reader.shape(key), dtype=reader.dtype(key))

@@ -22,9 +22,11 @@ from lightning_embcomp import (
     PrecisionSearch,
     PruningSchedule,
 )
+from lightning_embcomp.callbacks.budget import CompressionBudget
 from lightning_embcomp.data import SyntheticClickLog, SyntheticClickLogDataModule
 from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.memory import engine_bytes
+from lightning_embcomp.methods.budget.config import BudgetControl
 from lightning_embcomp.models import ClickModel
 
 OFTEN = PruningSchedule(every_n_steps=10, early_steps=(2, 5))
@@ -45,8 +47,8 @@ class CallbackCase:
         optimizers: Embedding optimizers that it refuses, and what its tests use in their place.
     """
 
-    active: Callable[..., CompressionCallback]
-    neutral: Callable[[], CompressionCallback]
+    active: Callable[..., CompressionCallback | CompressionBudget]
+    neutral: Callable[[], CompressionCallback | CompressionBudget]
     fragment: str
     ratio: float
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +59,15 @@ class CallbackCase:
         optimizer = settings.pop("embedding_optimizer", "rowwise_adagrad")
         optimizer = self.optimizers.get(optimizer, optimizer)
         return model(built, embedding_optimizer=optimizer, **self.settings, **settings)
+
+
+SOON = BudgetControl(every_n_steps=5, step=2.0)
+
+
+def _budget(**kwargs: Any) -> CompressionBudget:
+    """A budget that is met within an epoch."""
+    search = PrecisionSearch(steps=2, groups=16, frequency="rank", reset=False)
+    return CompressionBudget(ratio=15, start=0.35, schedule=OFTEN, search=search, control=SOON, **kwargs)
 
 
 CASES = {
@@ -95,6 +106,19 @@ CASES = {
         ratio=0.97,  # a byte per row and a quarter for the router in place of four
         settings={"dense_optimizer": "sgd", "embedding_lr": 1.0, "dense_lr": 0.05},
         optimizers={"rowwise_adagrad": "sgd"},
+    ),
+    # Without the guard first: it stands for the method where a test has no validation data.
+    "budget-unguarded": CallbackCase(
+        active=lambda **kwargs: _budget(max_ne_loss=None, **kwargs),
+        neutral=lambda: CompressionBudget(memory="1GB", of="training", schedule=OFTEN, control=SOON),
+        fragment="callbacks/budget.yaml",
+        ratio=0.45,
+    ),
+    "budget": CallbackCase(
+        active=lambda **kwargs: _budget(max_ne_loss=0.05, **kwargs),
+        neutral=lambda: CompressionBudget(memory="1GB", of="training", schedule=OFTEN, control=SOON),
+        fragment="callbacks/budget.yaml",
+        ratio=0.45,
     ),
 }
 

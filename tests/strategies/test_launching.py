@@ -57,7 +57,7 @@ def test_configured_under_torchrun(tmp_path: Path) -> None:
       timeout: 0:05:00
       ddp: {find_unused_parameters: true}
 """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     assert "rank 0 ends: table_wise" in run_script(tmp_path, configured, *torchrun)
 
 

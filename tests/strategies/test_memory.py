@@ -8,6 +8,6 @@ from tests.strategies.launch import launch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["deferred", "fused", "init", "fused_init"])
+@pytest.mark.parametrize("kind", ["deferred", "init", "fused_init"])
 def test_peak(kind: str) -> None:
     launch("tests.strategies.memory", "peak", kind)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_embcomp.kernels.dispatch import backend_for
 from lightning_embcomp.kernels.threshold import cpu, reference
 
-__all__ = ["select_large"]
+__all__ = ["SMALLEST", "kth_largest", "select_large"]
 
 SMALLEST = 2.0**-126
 """Smallest normal float32; smaller thresholds would let zeros and denormals through."""
@@ -70,6 +70,29 @@ def select_large(
     selected: tuple[Tensor, Tensor]
     selected = _backend(grad).select_large(grad.detach(), residual, estimate, factor, gain, threshold)
     return selected
+
+
+def kth_largest(sizes: Tensor, rank: int) -> float:
+    """The ``rank``-th largest value.
+
+    Args:
+        sizes: float32 ``(n,)``, finite.
+        rank: From 1 to n.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If there is no such rank.
+
+    Example:
+        >>> kth_largest(torch.tensor([1.0, 4.0, 2.0, 3.0]), 2)
+        3.0
+    """
+    if not 1 <= rank <= sizes.numel():
+        raise ValueError(f"rank must be from 1 to {sizes.numel()}, not {rank}")
+    value: float = _backend(sizes).kth_largest(sizes.detach(), rank)
+    return value
 
 
 def _backend(grad: Tensor) -> ModuleType:

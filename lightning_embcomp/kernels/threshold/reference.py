@@ -20,3 +20,8 @@ def select_large(
     # Not `>=`: entries that are not numbers are to be found as well.
     (indices,) = torch.nonzero(~(message.abs() < threshold), as_tuple=True)
     return indices.to(torch.int32), message[indices]
+
+
+def kth_largest(sizes: Tensor, rank: int) -> float:
+    """Plain twin of :func:`lightning_embcomp.kernels.threshold.kth_largest`."""
+    return float(torch.topk(sizes, rank, sorted=False).values.min())
