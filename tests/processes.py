@@ -23,8 +23,23 @@ def run_processes(count: int, module: str, *arguments: str, timeout: float = 240
     Raises:
         AssertionError: If one of them fails or takes too long.
     """
+    workers = start_processes(count, module, *arguments)
+    try:
+        said = [worker.communicate(timeout=timeout)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    failed = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.returncode]
+    if failed:
+        rank, code = failed[0]
+        raise AssertionError(f"rank {rank} of {count} ended with {code}:\n{said[rank][-4000:]}")
+    return said
+
+
+def start_processes(count: int, module: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Start a module in several processes, for tests in which some of them die."""
     port = free_port()
-    workers = [
+    return [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", module, *arguments],
             cwd=_ROOT,
@@ -46,13 +61,3 @@ def run_processes(count: int, module: str, *arguments: str, timeout: float = 240
         )
         for rank in range(count)
     ]
-    try:
-        said = [worker.communicate(timeout=timeout)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    failed = [(rank, worker.returncode) for rank, worker in enumerate(workers) if worker.returncode]
-    if failed:
-        rank, code = failed[0]
-        raise AssertionError(f"rank {rank} of {count} ended with {code}:\n{said[rank][-4000:]}")
-    return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,7 @@ from lightning_embcomp.strategies.environment import set_local_world_size
 from lightning_embcomp.strategies.errors import ShardingError
 from lightning_embcomp.strategies.evaluation import EmptyLookups, EvaluatesTogether
 from lightning_embcomp.strategies.launching import TableLauncher
+from lightning_embcomp.strategies.lost import explain_lost_process
 from lightning_embcomp.strategies.moving import move_batch
 from lightning_embcomp.strategies.optimizer_state import plain_parts
 from lightning_embcomp.strategies.optimizers import (
@@ -55,6 +57,8 @@ from lightning_embcomp.strategies.wrapping import (
     move_dense,
     sync_dense_states,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
@@ -485,6 +489,17 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
             )
 
     # End -----------------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say so if another process is gone.
+
+        Args:
+            exception: What ended the run on this process.
+        """
+        message = explain_lost_process(exception, self.global_rank)
+        if message is not None:
+            _log.error(message)
+        super().on_exception(exception)
 
     def teardown(self) -> None:
         """Unwrap the module, which stays sharded and where it is: tables cannot be moved."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -19,7 +21,7 @@ from lightning_embcomp.data import ClickLogDataModule
 from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.layout import LogicalTable, Shard
 from lightning_embcomp.models import ClickModel
-from lightning_embcomp.strategies import TorchRecStrategy
+from lightning_embcomp.strategies import TorchRecStrategy, checkpointing
 from lightning_embcomp.strategies.weights import local_pieces
 from lightning_embcomp.surgery import part_of
 from tests.conformance.cases import CASES, data, trainer
@@ -85,6 +87,21 @@ def module(name: str, optimizer: str, source: ShareDataModule) -> ClickModel:
     return built
 
 
+class Killer(pl.Callback):
+    """Kills process 1: in the second epoch, or while its checkpoint is written."""
+
+    def __init__(self, saving: bool) -> None:
+        self.saving = saving
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.current_epoch != 1 or os.environ["RANK"] != "1":
+            return
+        if not self.saving:
+            os.kill(os.getpid(), signal.SIGKILL)
+        # Right before its tensors are written, when the others are already in the save.
+        checkpointing.save_checkpoint = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def callbacks_of(name: str) -> list[pl.Callback]:
     if name == "plain":
         return []
@@ -99,7 +116,8 @@ def fit(
     name: str, optimizer: str, source: ShareDataModule, strategy: Any, ckpt_path: Path | None = None, **settings: Any
 ) -> tuple[ClickModel, pl.Trainer]:
     found = module(name, optimizer, source)
-    runner = trainer(*callbacks_of(name), strategy=strategy, use_distributed_sampler=False, **settings)
+    more = settings.pop("callbacks", [])
+    runner = trainer(*callbacks_of(name), *more, strategy=strategy, use_distributed_sampler=False, **settings)
     runner.fit(found, datamodule=source, ckpt_path=ckpt_path)
     return found, runner
 
@@ -191,8 +209,13 @@ def run(what: str, spec: str, source: ShareDataModule, folder: Path) -> Any:
         through, _ = fit_sharded(name, optimizer, kind, source, max_epochs=2)
         torch.save(bits_of(through), checkpoint.with_suffix(f".{rank}.pt"))
         return differences(through, torch.load(path.with_suffix(".2.pt")))
+    if what.startswith("killed"):
+        last = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=-1)
+        killer = Killer(saving=what == "killed-saving")
+        fit_sharded(name, optimizer, kind, source, max_epochs=2, callbacks=[killer, last], enable_checkpointing=True)
+        raise AssertionError("the run went on without its second process")
     assert what == "resume"
-    saved = folder / f"{name}-{optimizer}-{rest[1]}.ckpt"
+    saved = folder / ("last.ckpt" if rest[1] == "last" else f"{name}-{optimizer}-{rest[1]}.ckpt")
     found, _ = fit_sharded(name, optimizer, kind, source, max_epochs=2, ckpt_path=saved)
     if rest[1] == kind and len(rest) == 3:
         wanted = torch.load(saved.with_suffix(f".{rank}.pt"))

@@ -1,6 +1,7 @@
 """Names and configurations of the strategy, and how its processes are started."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,15 @@ def run_script(tmp_path: Path, strategy: str, *launcher: str, **variables: str) 
     command = [*(launcher or [sys.executable]), str(_SCRIPT), "fit", "-c", str(config)]
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    text = done.stdout + done.stderr
+    # A session of its own: launchers leave their processes behind when they are killed.
+    started = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        text, _ = started.communicate(timeout=240)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
     assert "rank 0 ends" in text and "rank 1 ends" in text, text[-4000:]
     return text
 
