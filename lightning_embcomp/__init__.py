@@ -10,11 +10,14 @@ from lightning_embcomp.deferred import deferred_tables  # noqa: E402
 from lightning_embcomp.engine.counters import CounterSettings  # noqa: E402
 from lightning_embcomp.errors import NonFiniteLossError  # noqa: E402
 from lightning_embcomp.export.callback import ModelExport  # noqa: E402
+from lightning_embcomp.methods.dct.callback import GradientThresholding  # noqa: E402
 from lightning_embcomp.methods.dct.codecs import (  # noqa: E402
     EmbeddingTrafficMonitor,
     PooledThresholding,
     comm_codecs,
 )
+from lightning_embcomp.methods.dct.config import ErrorFeedback, ThresholdSettings  # noqa: E402
+from lightning_embcomp.methods.dct.errors import ExchangeError, NonFiniteGradientError  # noqa: E402
 from lightning_embcomp.methods.fiited.callback import DimensionPruning  # noqa: E402
 from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule  # noqa: E402
 from lightning_embcomp.methods.frequency_lr.callback import FrequencyAwareLR  # noqa: E402
@@ -32,11 +35,15 @@ __all__ = [
     "CounterSettings",
     "DimensionPruning",
     "EmbeddingTrafficMonitor",
+    "ErrorFeedback",
+    "ExchangeError",
     "FrequencyAwareLR",
+    "GradientThresholding",
     "Granularity",
     "MixedPrecisionSearch",
     "ModelExport",
     "NoPlanError",
+    "NonFiniteGradientError",
     "NonFiniteLossError",
     "OwnershipError",
     "PooledThresholding",
@@ -47,6 +54,7 @@ __all__ = [
     "SetupError",
     "ShardingError",
     "TableFootprint",
+    "ThresholdSettings",
     "TorchRecStrategy",
     "comm_codecs",
     "deferred_tables",
