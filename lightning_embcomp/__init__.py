@@ -5,11 +5,13 @@ from lightning_embcomp.stack import check_stack
 check_stack()
 
 from lightning_embcomp.callback import CompressionCallback, SetupError  # noqa: E402
+from lightning_embcomp.callbacks.budget import CompressionBudget  # noqa: E402
 from lightning_embcomp.composition import OwnershipError  # noqa: E402
 from lightning_embcomp.deferred import deferred_tables  # noqa: E402
 from lightning_embcomp.engine.counters import CounterSettings  # noqa: E402
 from lightning_embcomp.errors import NonFiniteLossError  # noqa: E402
 from lightning_embcomp.export.callback import ModelExport  # noqa: E402
+from lightning_embcomp.methods.budget.config import BudgetControl  # noqa: E402
 from lightning_embcomp.methods.dct.callback import GradientThresholding  # noqa: E402
 from lightning_embcomp.methods.dct.codecs import (  # noqa: E402
     EmbeddingTrafficMonitor,
@@ -30,7 +32,9 @@ from lightning_embcomp.strategies.resharding import ReshardOnImbalance  # noqa: 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetControl",
     "CompressionAwarePlanner",
+    "CompressionBudget",
     "CompressionCallback",
     "CounterSettings",
     "DimensionPruning",

@@ -203,6 +203,10 @@ def check_fused_settings(trainer: pl.Trainer, who: str) -> None:
 
 def _in_stage_order(trainer: pl.Trainer) -> list[CompressionCallback]:
     """The compression callbacks of a trainer, which it calls in this order from now on."""
+    for callback in list(trainer.callbacks):  # type: ignore[attr-defined]
+        join = getattr(callback, "join", None)
+        if callable(join):
+            join(trainer)  # one that works through others adds them
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     mine = [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
     ordered = sorted(mine, key=lambda callback: (STAGES[callback.owns], callback.state_key))

@@ -20,14 +20,19 @@ from torch import nn
 
 import lightning_embcomp
 from lightning_embcomp import (
+    BudgetControl,
+    CompressionBudget,
     CounterSettings,
     DimensionPruning,
+    ErrorFeedback,
     FrequencyAwareLR,
+    GradientThresholding,
     Granularity,
     MixedPrecisionSearch,
     PrecisionSearch,
     PruningSchedule,
     RowQuantization,
+    ThresholdSettings,
     cli,
 )
 from lightning_embcomp.engine.hosts import RoutedEmbeddingBag
@@ -37,6 +42,8 @@ _METHODS = "lightning_embcomp/methods"
 _CARDS = tuple(sorted(str(card.relative_to(_ROOT)) for card in (_ROOT / _METHODS).glob("*/README.md")))
 _PAGES = ("README.md", "benchmarks/README.md", "lightning_embcomp/export/README.md", *_CARDS)
 _SETTINGS = {
+    "budget": (CompressionBudget, BudgetControl),
+    "dct": (GradientThresholding, ErrorFeedback, ThresholdSettings),
     "mpe": (MixedPrecisionSearch, PrecisionSearch, RowQuantization),
     "frequency_lr": (FrequencyAwareLR, CounterSettings),
 }

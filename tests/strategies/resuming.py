@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_embcomp.checkpoints import CheckpointError, Slice, is_checkpoint
+from lightning_embcomp.models import ClickModel
 from lightning_embcomp.strategies import ShardingError, TorchRecStrategy
 from tests.strategies.checks import assert_same, from_first, kinds, start_values, trainer
-from tests.strategies.models import BATCH, Batch, Clicks, global_batch, part
+from tests.strategies.models import BATCH, FEATURES, Batch, Clicks, global_batch, part
+from tests.strategies.models import ROWS as TABLE_ROWS
 from tests.strategies.training import ADAGRAD, NO_COLUMNS, THREE
 
 ROWS = 12
@@ -213,8 +215,37 @@ def plain_files(folder: str) -> None:
         trainer(TorchRecStrategy()).validate(More(), Stateful(1), ckpt_path=f"{folder}/full.ckpt")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         trainer(TorchRecStrategy()).validate(Noisy(**ADAGRAD), Stateful(1), ckpt_path=f"{folder}/none.ckpt")
+    reference_model(folder)
     saved_by_modules(folder)
     kept_by_callbacks(folder)
+
+
+def reference_model(folder: str) -> None:
+    """The state of the fused optimizer, which ClickModel saves by itself, goes into shards as well."""
+
+    def model() -> ClickModel:
+        features: Any = [
+            {"name": name, "num_embeddings": rows} for name, rows in zip(FEATURES, TABLE_ROWS.values(), strict=True)
+        ]
+        return ClickModel(features=features, num_dense=3, embedding_dim=8, dense_layers=(8,), over_layers=(8,))
+
+    whole: Any = [global_batch(step, ROWS) for step in range(7)]
+    path = f"{folder}/reference.ckpt"
+    if dist.get_rank() == 0:
+        plain = model()
+        alone = trainer(pl.strategies.SingleDeviceStrategy("cpu"), devices=1)
+        alone.fit(plain, torch.utils.data.DataLoader(whole, batch_size=None))
+        alone.save_checkpoint(path)
+        rest: Any = [global_batch(step, ROWS) for step in range(7, 10)]
+        again = model()
+        on = trainer(pl.strategies.SingleDeviceStrategy("cpu"), devices=1, max_epochs=2)
+        on.fit(again, torch.utils.data.DataLoader(rest, batch_size=None), ckpt_path=path)
+        torch.save(again.state_dict(), f"{folder}/reference.pt")
+    dist.barrier()
+    module = model()
+    strategy = TorchRecStrategy(sharding={"t_f0": "row_wise", "t_f[12]": "table_wise"})
+    trainer(strategy, max_epochs=2).fit(module, Stateful(3, first=7), ckpt_path=path)
+    assert_same(module, torch.load(f"{folder}/reference.pt"))
 
 
 def saved_by_modules(folder: str) -> None:

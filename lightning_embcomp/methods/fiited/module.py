@@ -243,9 +243,7 @@ def _utility_reader(shard: TableShard, rows: int, *, prior: bool) -> ReadRows:
     utility, first = shard.engine.utility, shard.first_row
     assert utility is not None
     if prior:
-        return lambda start, stop: (
-            zipf_prior(first + start, first + stop, rows).unsqueeze(1).expand(-1, utility.parts)
-        )
+        return lambda start, stop: zipf_prior(first + start, first + stop, rows).unsqueeze(1).expand(-1, utility.parts)
     return lambda start, stop: utility.of_table(shard.index)[start:stop]
 
 

@@ -31,6 +31,7 @@ from lightning_embcomp.methods.budget import accounting, snapshot
 from lightning_embcomp.methods.budget.config import BudgetControl
 from lightning_embcomp.methods.budget.module import BudgetController
 from lightning_embcomp.models import ClickModel
+from tests.conformance.cases import assert_equal_states, state_of
 
 ROWS = (40, 300, 3000)
 DIM = 16
@@ -275,6 +276,13 @@ def test_a_rate_callback_works_beside_it() -> None:
     callback = budget(max_ne_loss=None)
     fit(model("sgd"), callback, FrequencyAwareLR(), max_epochs=1)
     assert callback.met
+
+
+def test_the_order_of_callbacks_does_not_matter() -> None:
+    first, second = model("sgd"), model("sgd")
+    fit(first, FrequencyAwareLR(), budget(max_ne_loss=None), max_epochs=1)
+    fit(second, budget(max_ne_loss=None), FrequencyAwareLR(), max_epochs=1)
+    assert_equal_states(state_of(first), state_of(second))
 
 
 def test_a_second_owner_is_named() -> None:
