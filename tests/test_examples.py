@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +46,23 @@ def test_out_of_core_table(said: str) -> None:
     full, held, *_ = numbers(said[said.index("the table in full") :])
     assert full == 26.0
     assert held < 0.1 * full
+
+
+def test_two_processes() -> None:
+    """In processes of their own, the second started by the first."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(_FOLDER / "two_processes.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    lines = sorted(re.findall(r"process \d: [^\n]*held", done.stdout))
+    held = [numbers(line)[1:] for line in lines]
+    assert [rows for rows, _, _ in held] == [44_125, 44_125]
+    assert sum(mine for _, _, mine in held) < 0.3 * sum(plain for _, plain, _ in held)
 
 
 @pytest.mark.parametrize("said", ["frequency_lr.py"], indirect=True)

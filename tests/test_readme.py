@@ -151,7 +151,7 @@ def test_trainer_commands_parse(run: Run, capsys: pytest.CaptureFixture[str]) ->
 
 def test_other_commands_exist(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [words[1:] for words in commands("embcomp") if words[1] not in cli.TRAINER_COMMANDS]
-    assert {words[0] for words in lines} == {"report", "export"}
+    assert {words[0] for words in lines} == {"consolidate", "export", "plan", "report"}
     for words in lines:
         # The options are right: what is missing is the checkpoint that an earlier line writes.
         assert run(*words) == 2

@@ -31,7 +31,7 @@ from lightning_embcomp.methods.budget import accounting, snapshot
 from lightning_embcomp.methods.budget.config import BudgetControl
 from lightning_embcomp.methods.budget.module import BudgetController
 from lightning_embcomp.models import ClickModel
-from tests.conformance.cases import assert_equal_states, state_of
+from tests.conformance.cases import assert_equal_states
 
 ROWS = (40, 300, 3000)
 DIM = 16
