@@ -6,8 +6,7 @@
     python -m benchmarks.strategy --smoke          # a few steps, writes nothing
 
 The same model, tables, plan and batches in the same processes; blocks of steps of each kind take turns, and medians
-over all steps are compared. ``hand`` is ``DistributedModelParallel`` in a plain loop, ``strategy`` is the Trainer,
-``pipeline`` the Trainer with ids sent ahead.
+over all steps are compared. ``hand`` is ``DistributedModelParallel`` in a plain loop, ``strategy`` is the Trainer.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from lightning_embcomp.strategies.sharders import BagSharder
 
 RESULT = Path(__file__).parent / "results" / "strategy.json"
 TABLES, ROWS, DIM, POOLING, DENSE, BATCHES = 8, 200_000, 64, 10, 13, 16
-KINDS = ("hand", "strategy", "pipeline")
+KINDS = ("hand", "strategy")
 Batch = tuple[Tensor, KeyedJaggedTensor, Tensor]
 
 
@@ -147,16 +146,15 @@ class Hand:
 class Trained:
     """The Trainer; the module stays sharded between blocks."""
 
-    def __init__(self, pipeline: Any) -> None:  # noqa: ANN401 - a literal
+    def __init__(self) -> None:
         self.model = Model()
-        self.pipeline = pipeline
         self.plan: ShardingPlan | None = None
 
     def run(self, batches: list[Batch], steps: int) -> list[float]:
         """Seconds of each step."""
         timer = Timer()
         sharding = {"t[0-3]": "table_wise", "t[4-7]": "row_wise"}
-        strategy = TorchRecStrategy(sharding=sharding, pipeline=self.pipeline)  # type: ignore[arg-type]
+        strategy = TorchRecStrategy(sharding=sharding)
         trainer = pl.Trainer(
             strategy=strategy,
             accelerator="cpu",
@@ -183,14 +181,14 @@ def work(size: int, rounds: int, steps: int) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     batches = make_batches(size, rank)
-    runs: dict[str, Any] = {"strategy": Trained("none"), "pipeline": Trained("sparse_dist")}
+    runs: dict[str, Any] = {"strategy": Trained()}
     for run in runs.values():
         run.run(batches, 3)
     runs["hand"] = Hand(runs["strategy"].plan)
     runs["hand"].run(batches, 3)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds):
-        for kind in KINDS[turn % 3 :] + KINDS[: turn % 3]:
+        for kind in KINDS[turn % 2 :] + KINDS[: turn % 2]:
             dist.barrier()
             # DDP rebuilds its buckets, and the first steps of a fit are not like the others.
             seconds[kind] += runs[kind].run(batches, steps + 3)[3:]

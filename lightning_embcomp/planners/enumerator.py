@@ -17,7 +17,7 @@ from torchrec.distributed.types import ModuleSharder
 
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.planners.perf import CompressedPerfEstimator
-from lightning_embcomp.planners.rules import changes_training, name_of, refusal
+from lightning_embcomp.planners.rules import is_second_choice, name_of, refusal
 from lightning_embcomp.planners.storage import CompressedStorageEstimator
 
 
@@ -91,5 +91,5 @@ class CompressedEnumerator(EmbeddingEnumerator):
         return self._footprints.get(name, TableFootprint())
 
     def _faithful(self, name: str, options: list[ShardingOption]) -> list[ShardingOption]:
-        """Without what changes training, unless nothing else was allowed."""
-        return [option for option in options if not changes_training(option, self._footprint(name))] or options
+        """Without second choices, unless nothing else was allowed."""
+        return [option for option in options if not is_second_choice(option, self._footprint(name))] or options

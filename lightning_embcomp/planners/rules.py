@@ -81,15 +81,17 @@ def refusal(option: ShardingOption, footprint: TableFootprint, has_fused_params:
     return None
 
 
-def changes_training(option: ShardingOption, footprint: TableFootprint) -> bool:
-    """Whether a way of sharding a compressed table makes another optimizer of the one that was asked for.
+def is_second_choice(option: ShardingOption, footprint: TableFootprint) -> bool:
+    """Whether a way of sharding a compressed table is worse than others without need.
 
-    A row-wise optimizer has one accumulator per row, but every column part would keep its own.
+    A row-wise optimizer has one accumulator per row, but every column part would keep its own. One part that holds all
+    columns is table-wise by another name, under which some methods refuse it.
     """
     optimizer = fused_optimizer(option.module[1], option.tensor)
     rowwise = optimizer is not None and "rowwise" in optimizer.__name__.lower()
     by_columns = any(shard.size[1] < option.tensor.shape[1] for shard in option.shards)
-    return not footprint.is_plain and rowwise and by_columns
+    all_columns = option.sharding_type == ShardingType.COLUMN_WISE.value and len(option.shards) == 1
+    return not footprint.is_plain and (all_columns or (rowwise and by_columns))
 
 
 def as_table_wise(option: ShardingOption) -> ShardingOption:

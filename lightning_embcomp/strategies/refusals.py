@@ -66,11 +66,19 @@ def check_fused(trainer: pl.Trainer, tables: Sequence[str]) -> None:
 
 
 def check_pipeline(trainer: pl.Trainer) -> None:
-    """Refuse hooks that see batches in turn, while the next one is moved before this one is trained on.
+    """Refuse what cannot stand that the next batch is moved, and its ids are sent, before this one is trained on.
+
+    Gloo is one of these: with ids under way while rows and gradients are exchanged, runs on it ended now and then with
+    an exchange of the wrong size.
 
     Raises:
-        ShardingError: If there is such a hook.
+        ShardingError: If processes talk by gloo, or a hook sees batches in turn.
     """
+    if trainer.strategy.root_device.type == "cpu":
+        raise ShardingError(
+            "pipeline='sparse_dist' needs CUDA and NCCL: gloo mixes up exchanges that are under way at the same time."
+            " Use pipeline='none'"
+        )
     for owner, base in ((trainer.lightning_module, pl.LightningModule), (trainer.datamodule, pl.LightningDataModule)):  # type: ignore[attr-defined]
         if owner is not None and type(owner).on_before_batch_transfer is not base.on_before_batch_transfer:
             raise ShardingError(

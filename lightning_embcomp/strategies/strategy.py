@@ -87,8 +87,8 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         codecs: How rows and gradients are encoded while they travel: ``PooledThresholding`` (largest entries of each
             sample, or fewer bits), TorchRec's ``QCommsConfig``, or codecs by
             operation.
-        pipeline: ``sparse_dist`` sends the ids of the next batch to their tables while the present one trains; ``none``
-            does not.
+        pipeline: ``sparse_dist`` sends the ids of the next batch to their tables while the present one trains, on CUDA
+            with NCCL only; ``none`` does not.
         defer_tables: Whether tables built in ``configure_model`` are allocated and initialised only in shards.
         weights_only: Whether checkpoints with objects of unknown classes, say of a callback, are refused.
         ddp_comm_state: State of ``ddp_comm_hook``.

@@ -1,44 +1,17 @@
 """Several ranks over gloo, with TorchRec's sharded tables, and other numbers of ranks afterwards."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from lightning_embcomp.checkpoints import CheckpointReader, read_common, save_checkpoint, world_size_of
 from tests.checkpoints.tables import filled, plain_slices, whole_slices
-
-_WORKER = Path(__file__).with_name("worker.py")
+from tests.processes import start_processes
 
 
 def launch(stage: str, folder: Path, world: int, survivors: int | None = None) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(_WORKER), stage, str(folder)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONHASHSEED": "0",
-                "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    workers = start_processes(world, "tests.checkpoints.worker", stage, str(folder))
     try:
         said = [worker.communicate(timeout=240)[0] for worker in workers]
     finally:
