@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp import MixedPrecisionSearch, PrecisionSearch
-from lightning_embcomp.data import ClickLogDataModule
+from lightning_embcomp.data import ClickLogDataModule, Split
 from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.layout import LogicalTable, Shard
 from lightning_embcomp.models import ClickModel
@@ -54,12 +54,20 @@ class Shares(IterableDataset[Batch]):
             yield dense[mine], ids, label[mine]
 
 
+def criteo(path: str, cache: str) -> ClickLogDataModule:
+    split = Split(kind="chronological", validation=0.1, test=0.25)
+    found = ClickLogDataModule(path=path, format="criteo", batch_size=ROWS, split=split, cache_dir=cache)
+    if os.environ["WORLD_SIZE"] == "1":
+        found.prepare_data()
+    return found
+
+
 class ShareDataModule(pl.LightningDataModule):
     """The first batches of a click log."""
 
-    def __init__(self, folder: str, steps: int = STEPS) -> None:
+    def __init__(self, folder: str, cache: str, steps: int = STEPS) -> None:
         super().__init__()
-        source: Any = data() if folder == "synthetic" else ClickLogDataModule(folder, batch_size=ROWS)
+        source: Any = data() if folder == "synthetic" else criteo(folder, cache)
         source.setup("fit")
         self.features, self.num_dense = source.features, source.num_dense
         self.id_counts = source.id_counts
@@ -226,7 +234,7 @@ def run(what: str, spec: str, source: ShareDataModule, folder: Path) -> Any:
 
 if __name__ == "__main__":
     action, log, file, *specs = sys.argv[1:]
-    clicks = ShareDataModule(log)
+    clicks = ShareDataModule(log, file)
     said = {spec: run(action, spec, clicks, Path(file)) for spec in specs}
     print("RESULT", json.dumps(said), flush=True)
     if dist.is_initialized():

@@ -81,7 +81,8 @@ def test_checkpoints_resume_anywhere(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "fiited"])
-def test_real_clicks(name: str, criteo_folder: Path, tmp_path: Path) -> None:
+def test_real_clicks(name: str, real_data: Path, tmp_path: Path) -> None:
+    log = str(real_data / "criteo_kaggle_80k" / "train_first80k.hashed.txt.xz")
     runs = [f"{name}:sgd:row_wise", f"{name}:rowwise_adagrad:table_wise"]
-    references(str(criteo_folder), tmp_path, runs)
-    assert_close(run_processes(2, WORKER, "compare", str(criteo_folder), str(tmp_path), *runs))
+    references(log, tmp_path, runs)
+    assert_close(run_processes(2, WORKER, "compare", log, str(tmp_path), *runs))

@@ -64,7 +64,7 @@ class GradientThresholding(pl.Callback):
 
     def __init__(
         self,
-        density: float = 0.01,
+        density: float = 0.05,
         parameters: str | Sequence[str] = "*",
         min_numel: int = 256,
         value_dtype: ValueType = "fp32",

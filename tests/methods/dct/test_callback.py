@@ -46,7 +46,7 @@ def test_another_number_of_processes(tmp_path: Path) -> None:
         ({"min_numel": -1}, "min_numel must not be negative"),
         ({"parameters": []}, "give at least one glob"),
         (
-            {"feedback": ErrorFeedback(kind="econtrol", eta=0.02)},
+            {"density": 0.01, "feedback": ErrorFeedback(kind="econtrol", eta=0.02)},
             "eta=0.02 is above the density 0.01: residuals can grow without end. Use about 0.0025",
         ),
     ],
