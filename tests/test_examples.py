@@ -48,21 +48,31 @@ def test_out_of_core_table(said: str) -> None:
     assert held < 0.1 * full
 
 
-def test_two_processes() -> None:
-    """In processes of their own, the second started by the first."""
+def said_by_processes(script: str) -> list[list[float]]:
+    """Numbers that the two processes of a script print; the second is started by the first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, str(_FOLDER / "two_processes.py")],
+        [sys.executable, str(_FOLDER / script)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=240,
         check=True,
     )
-    lines = sorted(re.findall(r"process \d: [^\n]*?held", done.stdout))
-    held = [numbers(line)[1:] for line in lines]
+    lines = sorted(re.findall(r"process \d: [^\n]*? bytes(?: held)?(?=\s|$|process)(?! plain)", done.stdout))
+    assert len(lines) == 2, done.stdout
+    return [numbers(line)[1:] for line in lines]
+
+
+def test_two_processes() -> None:
+    held = said_by_processes("two_processes.py")
     assert [rows for rows, _, _ in held] == [44_125, 44_125]
     assert sum(mine for _, _, mine in held) < 0.3 * sum(plain for _, plain, _ in held)
+
+
+def test_thresholded() -> None:
+    for sent, plain, rows, plain_rows in said_by_processes("thresholded.py"):
+        assert sent < 0.2 * plain and rows < 0.2 * plain_rows
 
 
 @pytest.mark.parametrize("said", ["frequency_lr.py"], indirect=True)
@@ -96,6 +106,7 @@ def test_every_script_is_tested() -> None:
         "frequency_lr.py",
         "mixed_precision.py",
         "out_of_core_table.py",
+        "thresholded.py",
         "torchrec_fused.py",
         "two_processes.py",
     }

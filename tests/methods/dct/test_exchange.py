@@ -24,6 +24,6 @@ def test_error_feedback_of_four_workers() -> None:
 
 
 def test_death_of_a_worker() -> None:
-    survivor, dead = outputs(start("exchange_worker.py", 2, "death"), timeout=100)
+    survivor, dead = outputs(start("exchange_worker.py", 2, "death"), timeout=60)
     assert "all checks passed" in survivor, survivor[-4000:]
     assert "all checks passed" not in dead
