@@ -154,7 +154,7 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             precision_plugin=precision_plugin,
-            **{"static_graph": False, **(ddp or {})},
+            **{"static_graph": False, "gradient_as_bucket_view": True, **(ddp or {})},
         )
         self._settings = PlanSettings(
             sharding=check_sharding(sharding),
