@@ -1,10 +1,32 @@
-"""Say so when another process of the run is gone."""
+"""Put errors of other libraries into words: another process is gone, or has a batch of another size."""
 
 from __future__ import annotations
 
 import re
 
 _SIGNS = re.compile(r"connection (reset|closed|refused)|broken pipe|timed out waiting|remote process exited", re.I)
+
+
+def explain(error: BaseException, rank: int) -> str | None:
+    """Put an error that ended training into words.
+
+    Args:
+        error: The error.
+        rank: Number of this process.
+
+    Returns:
+        What happened and what to do; None if the error speaks for itself.
+
+    Example:
+        >>> explain(ValueError("a bad value"), rank=0) is None
+        True
+    """
+    if isinstance(error, RuntimeError) and "invalid tensor size" in str(error):
+        return (
+            "the batches of a step differ in size between processes, which gloo cannot exchange for tables that are"
+            " sharded by rows: drop the last batch of an epoch (drop_last=True), or shard the tables as a whole"
+        )
+    return explain_lost_process(error, rank)
 
 
 def explain_lost_process(error: BaseException, rank: int) -> str | None:

@@ -35,7 +35,7 @@ from lightning_embcomp.strategies.environment import set_local_world_size
 from lightning_embcomp.strategies.errors import ShardingError
 from lightning_embcomp.strategies.evaluation import EmptyLookups, EvaluatesTogether
 from lightning_embcomp.strategies.launching import TableLauncher
-from lightning_embcomp.strategies.lost import explain_lost_process
+from lightning_embcomp.strategies.lost import explain
 from lightning_embcomp.strategies.moving import move_batch
 from lightning_embcomp.strategies.optimizer_state import plain_parts
 from lightning_embcomp.strategies.optimizers import (
@@ -491,12 +491,12 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
     # End -----------------------------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        """Say so if another process is gone.
+        """Say what happened, where the error itself does not.
 
         Args:
             exception: What ended the run on this process.
         """
-        message = explain_lost_process(exception, self.global_rank)
+        message = explain(exception, self.global_rank)
         if message is not None:
             _log.error(message)
         super().on_exception(exception)
