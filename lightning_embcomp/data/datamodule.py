@@ -47,8 +47,12 @@ class _BatchDataModule(pl.LightningDataModule):
     def _part(self, part: Part) -> RowSource:
         raise NotImplementedError
 
-    def _loader(self, source: RowSource, *, shuffle: bool = False) -> BatchLoader:
+    def _loader(self, source: RowSource, *, shuffle: bool = False, training: bool = False) -> BatchLoader:
         trainer = self.trainer
+        rows, world_size = source.num_rows, trainer.world_size if trainer else 1
+        # A last batch that is one row larger on some processes would be averaged wrongly, and gloo cannot exchange it
+        # for tables that are sharded by rows.
+        uneven = rows % world_size > 0 and rows >= self.batch_size * world_size
         loader = BatchLoader(
             source,
             self.features,
@@ -57,7 +61,8 @@ class _BatchDataModule(pl.LightningDataModule):
             seed=self._seed,
             num_workers=self._num_workers,
             rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            world_size=world_size,
+            drop_last=training and uneven,
         )
         if trainer:
             loader.sampler.set_epoch(trainer.current_epoch)
@@ -69,9 +74,12 @@ class _BatchDataModule(pl.LightningDataModule):
         return self._loader(source) if source.num_rows else []
 
     def train_dataloader(self) -> BatchLoader:
-        """Training batches; ``Trainer(overfit_batches=…)`` turns shuffling off."""
+        """Training batches; ``Trainer(overfit_batches=…)`` turns shuffling off.
+
+        With several processes, a last batch that they cannot share equally is left out.
+        """
         overfit = bool(getattr(self.trainer, "overfit_batches", 0))
-        return self._loader(self._part("train"), shuffle=self._shuffle and not overfit)
+        return self._loader(self._part("train"), shuffle=self._shuffle and not overfit, training=True)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Validation batches, in the order of the rows; an empty list if there are no validation rows."""
