@@ -15,6 +15,9 @@ class TableState:
     An engine saves it under ``tables.T.<name>.<tensor>`` and restores it by copying into the same tensors.
     """
 
+    movable = False
+    """Whether an engine that holds it can be moved to another device."""
+
     def tensors(self, table: int) -> dict[str, Tensor]:
         """Live tensors of a table, views where tables share storage; empty if the table has none."""
         raise NotImplementedError

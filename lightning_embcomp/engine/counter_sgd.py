@@ -135,7 +135,7 @@ def _exchange(engine: RoutedEmbeddings, wanted: FusedOptimizerSpec) -> None:
         assert isinstance(rows, FusedRows)
         weight = rows.storages()[WEIGHT]
         rows.optimizer = wanted
-        storages = {**rows.allocate(rows.rows), WEIGHT: weight}
+        storages = {**rows.allocate(rows.rows, rows.device), WEIGHT: weight}
         for key, storage in storages.items():
             if key != WEIGHT:
                 storage.tensor.zero_()

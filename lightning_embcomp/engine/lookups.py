@@ -70,7 +70,8 @@ class Call:
         found = None if self.engine.whole_norms is None else self.engine.whole_norms()
         if found is None:
             return None
-        feature = torch.repeat_interleave(torch.arange(self.layout.table.numel()), self.layout.bag_start.diff())
+        features = torch.arange(self.layout.table.numel(), device=self.layout.table.device)
+        feature = torch.repeat_interleave(features, self.layout.bag_start.diff())
         lengths = self.offsets.long().diff().clamp(min=1)
         mean = self.layout.mean[feature] == 1
         return (found / torch.where(mean, lengths, 1).unsqueeze(1)).contiguous()

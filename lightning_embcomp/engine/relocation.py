@@ -12,7 +12,7 @@ from lightning_embcomp.engine.optimizer_state import attach, detach
 from lightning_embcomp.engine.pages import release_prefix
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan
 from lightning_embcomp.engine.router import slabs
-from lightning_embcomp.engine.row_class import Storage, TrainedRows
+from lightning_embcomp.engine.row_class import Storage, TrainedRows, carried
 from lightning_embcomp.kernels.relocate import move_rows
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
     engine.router.check_sizes(class_rows)
     attach(trained, optimizers)
     before = [rows.storages() for rows in engine.classes]
-    after = [rows.allocate(n) for rows, n in zip(engine.classes, class_rows, strict=True)]
+    staged = stages(engine.options.device)
+    place = torch.device("cpu") if staged else engine.options.device
+    after = [rows.allocate(n, place) for rows, n in zip(engine.classes, class_rows, strict=True)]
     next_slot = torch.zeros(len(engine.classes), dtype=torch.int64)
     plan.begin()
     for t, table in enumerate(engine.tables):
@@ -39,16 +41,57 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
         for start, stop in slabs(table.rows):
             old = engine.router.read(t, start, stop)
             codes = plan.codes(t, start, stop, old[0])
-            new = (codes, engine.router.write(t, start, codes, next_slot))
+            first = next_slot.clone()
+            slots = engine.router.write(t, start, codes, next_slot)
+            if staged:
+                into = _slab_of(engine, first, next_slot)
+                new = (codes, _counted_from(slots, codes, class_of_code, first))
+            else:
+                into, new = after, (codes, slots)
             for name, storage in before[0].items():
-                source, target = _named(before, name), _named(after, name)
+                source, target = _named(before, name), _named(into, name)
                 move_rows(old, new, class_of_code, engine.columns, source, target, rowwise=storage.rowwise)
+            if staged:
+                _fetch(into, after, first.tolist(), next_slot.tolist())
             _release(old, class_of_code, before)
-    for rows, n, storages in zip(engine.classes, class_rows, after, strict=True):
-        rows.adopt(n, storages)
+    if staged:
+        before.clear()
+        for rows in engine.classes:  # all old rows go before the first new ones come
+            rows.adopt(0, rows.allocate(0, engine.options.device))
+    for rows, n in zip(engine.classes, class_rows, strict=True):
+        rows.adopt(n, carried(after.pop(0), engine.options.device))
     engine.table_rows = counts
     detach(trained, optimizers)
     return summary
+
+
+def stages(device: torch.device) -> bool:
+    """Whether rows wait in host memory until the old ones are gone: only there are pages given back one by one."""
+    return device.type != "cpu"
+
+
+def _slab_of(engine: RoutedEmbeddings, first: Tensor, stop: Tensor) -> list[dict[str, Storage]]:
+    """Room for the rows of one slab beside the tables."""
+    sizes = (stop - first).tolist()
+    return [rows.allocate(n, engine.options.device) for rows, n in zip(engine.classes, sizes, strict=True)]
+
+
+def _counted_from(slots: Tensor, codes: Tensor, class_of_code: Tensor, first: Tensor) -> Tensor:
+    """Slots counted from the first one of each class in this slab."""
+    base = first.to(slots.device)[class_of_code.long().clamp(min=0)[codes.long()]]
+    return torch.where(slots < 0, slots, slots - base.to(slots.dtype))
+
+
+def _fetch(
+    slab: Sequence[Mapping[str, Storage]],
+    after: Sequence[Mapping[str, Storage]],
+    first: Sequence[int],
+    stop: Sequence[int],
+) -> None:
+    """Bring the rows of a slab to where they wait."""
+    for part, whole, begin, end in zip(slab, after, first, stop, strict=True):
+        for name, storage in part.items():
+            whole[name].tensor[begin:end].copy_(storage.tensor)
 
 
 def _count(engine: RoutedEmbeddings, plan: RowPlan) -> tuple[Tensor, MoveSummary]:
@@ -68,7 +111,8 @@ def _count(engine: RoutedEmbeddings, plan: RowPlan) -> tuple[Tensor, MoveSummary
             codes = plan.codes(t, start, stop, current)
             if int(codes.max()) >= table.codes:
                 raise ValueError(f"code {int(codes.max())} for table {table.name!r}, which has {table.codes} codes")
-            pairs += torch.bincount(current.int() * table.codes + codes.int(), minlength=table.codes**2).view_as(pairs)
+            found = torch.bincount(current.int() * table.codes + codes.int(), minlength=table.codes**2)
+            pairs += found.to(pairs.device).view_as(pairs)
         for code in range(1, table.codes):
             counts[t, engine.class_map.class_of_code[t][code]] += pairs[:, code].sum()
         changed += int(pairs.sum() - pairs.diagonal().sum())

@@ -13,6 +13,7 @@ from lightning_embcomp.engine import state
 from lightning_embcomp.engine.attached import RowValues, TableState
 from lightning_embcomp.engine.bag_layout import FeatureShapes, pooled_layout
 from lightning_embcomp.engine.bags import pool_rows
+from lightning_embcomp.engine.devices import carry, target_of
 from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.interrupts import interrupts_held
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable, row_numbers
@@ -420,6 +421,13 @@ class RoutedEmbeddings(nn.Module):
 
     def flush(self) -> None:
         """Nothing is cached outside the tables."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:  # noqa: ANN401 - PyTorch's signature
+        target = target_of(fn, self.options.device)
+        if target != self.options.device:
+            self.check_intact()
+            carry(self, target)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_intact()

@@ -53,7 +53,7 @@ class RowClass(Protocol):
     def storages(self) -> dict[str, Storage]:
         """Tensors of the class, weights first; all of them follow a row when it moves."""
 
-    def allocate(self, rows: int) -> dict[str, Storage]:
+    def allocate(self, rows: int, device: torch.device) -> dict[str, Storage]:
         """Uninitialised tensors for another number of rows."""
 
     def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
@@ -61,6 +61,14 @@ class RowClass(Protocol):
 
     def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Sum the rows of each bag into float32 ``(bags, width)``."""
+
+    def carry(self, device: torch.device) -> None:
+        """Move what is not a parameter to another device."""
+
+
+def carried(storages: Mapping[str, Storage], device: torch.device) -> dict[str, Storage]:
+    """The same tensors on another device."""
+    return {name: Storage(storage.tensor.to(device), storage.rowwise) for name, storage in storages.items()}
 
 
 class FusedRows:
@@ -86,7 +94,7 @@ class FusedRows:
         self.rate_scale = 1.0
         self.step = 0
         self._table: SplitTableBatchedEmbeddingBagsCodegen | None = None
-        self._storages = self.allocate(0)
+        self._storages = self.allocate(0, device)
 
     def __getstate__(self) -> dict[str, Any]:
         # FBGEMM's table cannot be pickled, and a copy of it would not look at the copied tensors.
@@ -96,16 +104,17 @@ class FusedRows:
         """Weights and optimizer state of the class."""
         return dict(self._storages)
 
-    def allocate(self, rows: int) -> dict[str, Storage]:
+    def allocate(self, rows: int, device: torch.device) -> dict[str, Storage]:
         """Uninitialised weights and optimizer state for ``rows`` rows."""
-        storages = {WEIGHT: Storage(torch.empty(rows, self.width, dtype=self.dtype, device=self.device), rowwise=False)}
+        weights = torch.empty(rows, self.width, dtype=self.dtype, device=device)
+        storages = {WEIGHT: Storage(weights, rowwise=False)}
         if self.optimizer.kind == "rowwise_adagrad":
-            storages["momentum1"] = Storage(torch.empty(rows, device=self.device), rowwise=True)
+            storages["momentum1"] = Storage(torch.empty(rows, device=device), rowwise=True)
         elif self.optimizer.kind == "counter_sgd":
             for name in ("momentum1", *_COUNTER_STATE):
-                storages[name] = Storage(torch.empty(rows, device=self.device), rowwise=True)
+                storages[name] = Storage(torch.empty(rows, device=device), rowwise=True)
         elif self.optimizer.kind == "adagrad":
-            storages["momentum1"] = Storage(torch.empty(rows, self.width, device=self.device), rowwise=False)
+            storages["momentum1"] = Storage(torch.empty(rows, self.width, device=device), rowwise=False)
         return storages
 
     def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
@@ -113,6 +122,11 @@ class FusedRows:
         self._storages = dict(storages)
         self.rows = rows
         self._table = None
+
+    def carry(self, device: torch.device) -> None:
+        """Move weights and optimizer state."""
+        self.device = device
+        self.adopt(self.rows, carried(self._storages, device))
 
     def direct_rule(self) -> UpdateRule | None:
         """The optimizer as the CPU kernels know it; None where only FBGEMM can run it."""
@@ -206,11 +220,12 @@ class TrainedRows:
         """The parameter, and the optimizer state that is to move with it."""
         return {WEIGHT: Storage(self.parameter.data, rowwise=False), **self.companions}
 
-    def allocate(self, rows: int) -> dict[str, Storage]:
+    def allocate(self, rows: int, device: torch.device) -> dict[str, Storage]:
         """Uninitialised tensors for ``rows`` rows."""
         return {
             name: Storage(
-                storage.tensor.new_empty(rows if storage.rowwise else (rows, self.width)), rowwise=storage.rowwise
+                storage.tensor.new_empty(rows if storage.rowwise else (rows, self.width), device=device),
+                rowwise=storage.rowwise,
             )
             for name, storage in self.storages().items()
         }
@@ -220,6 +235,10 @@ class TrainedRows:
         self.parameter.grad = None
         self.parameter.data = storages[WEIGHT].tensor
         self.companions = {name: storage for name, storage in storages.items() if name != WEIGHT}
+
+    def carry(self, device: torch.device) -> None:
+        """Move optimizer state that goes with the rows."""
+        self.companions = carried(self.companions, device)
 
     def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None, parameter: Tensor | None = None) -> Tensor:
         """Pooled lookup with autograd; ``parameter`` is a view of the rows whose gradients pass through a method."""

@@ -51,6 +51,11 @@ class RowUtility:
         self._rows = rows
         self._number = torch.tensor(row_numbers(tables), device=device)
 
+    def carry(self, device: torch.device) -> None:
+        """Move the utilities to another device."""
+        for name in ("row_start", "values", "gain", "_number"):
+            setattr(self, name, getattr(self, name).to(device))
+
     def table_bytes(self, table: int) -> int:
         """Bytes held for a table."""
         return self.of_table(table).numel() * self.values.element_size() + GAIN_BYTES

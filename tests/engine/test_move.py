@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_embcomp.engine import relocation, router
 from lightning_embcomp.engine.optimizer import FusedKind
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -122,6 +123,28 @@ def test_training_goes_on_in_classes_that_were_empty() -> None:
         {k: v for k, v in snapshot(engine).items() if k != "steps"},
         {k: v for k, v in snapshot(other).items() if k != "steps"},
     )
+
+
+@pytest.mark.parametrize("slab", [64, 1 << 17])
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_rows_that_wait_in_host_memory_arrive_the_same(
+    kind: FusedKind | None, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that rows on an accelerator take."""
+    engines = [make_engine(kind, random_codes(6)) for _ in range(2)]
+    optimizers = [[torch.optim.Adagrad(engine.parameters(), lr=0.1)] if kind is None else [] for engine in engines]
+    for engine, optimizer in zip(engines, optimizers, strict=True):
+        train(engine, 3)
+        for one in optimizer:
+            one.step()
+    first = engines[0].move(plan_of(random_codes(7)), optimizers[0])
+    monkeypatch.setattr(router, "SLAB", slab)
+    monkeypatch.setattr(relocation, "stages", lambda device: True)
+    assert engines[1].move(plan_of(random_codes(7)), optimizers[1]) == first
+    assert_same_state(snapshot(engines[0]), snapshot(engines[1]))
+    for rows, others in zip(engines[0].classes, engines[1].classes, strict=True):
+        for name, storage in rows.storages().items():
+            assert torch.equal(storage.tensor, others.storages()[name].tensor), name
 
 
 def test_a_plan_with_an_unknown_code_is_refused_before_anything_moves() -> None:
