@@ -18,6 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 
+from lightning_embcomp.compat import table_over
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.kernels.update import UpdateRule
 
@@ -132,7 +133,7 @@ class FusedRows:
         """The optimizer as the CPU kernels know it; None where only FBGEMM can run it."""
         known = {"learning_rate", "eps"}
         kind = self.optimizer.kind
-        if self.device.type != "cpu" or self.dtype != torch.float32 or set(self.optimizer.options) - known:
+        if self.device.type != "cpu" or set(self.optimizer.options) - known:
             return None
         if kind == "counter_sgd":
             return None
@@ -142,18 +143,19 @@ class FusedRows:
     def _build_table(self) -> SplitTableBatchedEmbeddingBagsCodegen:
         """Build the FBGEMM table over the tensors of the class."""
         options = {**self.optimizer.options, "learning_rate": self.learning_rate * self.rate_scale}
-        table = SplitTableBatchedEmbeddingBagsCodegen(
+        table = table_over(
+            SplitTableBatchedEmbeddingBagsCodegen,
             [(self.rows, self.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            {
+                ("weights" if name == WEIGHT else name): storage.tensor.view(-1)
+                for name, storage in self._storages.items()
+                if name not in _COUNTER_STATE
+            },
             optimizer=self.optimizer.fbgemm,
             pooling_mode=PoolingMode.SUM,
             weights_precision=SparseType.FP16 if self.dtype == torch.float16 else SparseType.FP32,
             device=self.device,
             bounds_check_mode=BoundsCheckMode.NONE,  # the router hands out valid slots only
-            preallocated_host_buffers={
-                ("weights" if name == WEIGHT else name): storage.tensor.view(-1)
-                for name, storage in self._storages.items()
-                if name not in _COUNTER_STATE
-            },
             **options,
         )
         for name in _COUNTER_STATE:

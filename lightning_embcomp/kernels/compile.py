@@ -11,7 +11,11 @@ from types import FunctionType
 from typing import Any, cast
 
 import numba
+import numpy as np
 import torch
+
+WEIGHT_KIND = {torch.float32: np.float32(0), torch.float16: np.uint16(0)}
+"""What kernels that read and write weights of several dtypes are told them by; Numba compiles once for each."""
 
 
 class ThreadedKernel:

@@ -72,6 +72,41 @@ def store_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.float32), generate
 
 
+def _weight_pointer(builder: Any, kind: Any, address: Any) -> Any:
+    element = ir.HalfType() if kind == types.uint16 else ir.FloatType()
+    return builder.inttoptr(address, element.as_pointer())
+
+
+@intrinsic
+def load_weight(typing_context: Any, kind: Any, address: Any, index: Any) -> Any:
+    """Read the ``index``-th weight after ``address`` as float32.
+
+    Weights are float32, or float16 if ``kind`` is a uint16: kernels compile once for each.
+    """
+    if kind not in (types.float32, types.uint16):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loaded = builder.load(builder.gep(_weight_pointer(builder, signature.args[0], args[1]), [args[2]]))
+        return builder.fpext(loaded, ir.FloatType()) if signature.args[0] == types.uint16 else loaded
+
+    return types.float32(kind, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_weight(typing_context: Any, kind: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write a float32 as the ``index``-th weight after ``address``; float16 rounds to nearest, ties to even."""
+    if kind not in (types.float32, types.uint16):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        stored = builder.fptrunc(args[3], ir.HalfType()) if signature.args[0] == types.uint16 else args[3]
+        builder.store(stored, builder.gep(_weight_pointer(builder, signature.args[0], args[1]), [args[2]]))
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, types.int64, types.float32), generate
+
+
 @intrinsic
 def load_i32(typing_context: Any, address: Any, index: Any) -> Any:
     """Read the ``index``-th int32 after ``address``."""

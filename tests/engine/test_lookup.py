@@ -26,7 +26,7 @@ from .engines import (
     snapshot,
 )
 
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+CLOSE: dict[str, Any] = {"rtol": 5e-5, "atol": 2e-5}
 # An option that the direct path does not know sends the lookup through FBGEMM's tables.
 PATHS: dict[str, dict[str, Any]] = {"direct": {}, "fbgemm": {"weight_decay": 0.0}}
 
@@ -55,19 +55,27 @@ def test_whole_rows_equal_fbgemm_over_fifty_steps(kind: FusedKind, path: str, me
         torch.testing.assert_close(found, state.view(found.shape), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad"])
-def test_float16_equals_fbgemm(kind: FusedKind) -> None:
-    engine, plain = make_engine(kind, dtype=torch.float16), plain_tables(kind, dtype=torch.float16)
+ULP = {"rtol": 2.0**-9, "atol": 3e-4}
+"""Two units in the last place of float16: sums over the ids of a row are taken in another order."""
+
+
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_equals_fbgemm(kind: FusedKind, options: dict[str, Any]) -> None:
+    """Step by step from the same rows: a number that rounds the other way would lead elsewhere."""
+    engine, plain = make_engine(kind, dtype=torch.float16, **options), plain_tables(kind, dtype=torch.float16)
     for step in range(50):
+        for t, weights in enumerate(plain.split_embedding_weights()):
+            engine.load_rows(t, 0, weights)
         ids, offsets, _ = batch(step)
         found, wanted = engine(ids, offsets), plain(ids, offsets)
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
         found.sin().sum().backward()
         wanted.sin().sum().backward()
-    for found, wanted in zip(read_all(engine), plain.split_embedding_weights(), strict=True):
-        assert found.dtype == torch.float16
-        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+        for rows, weights in zip(read_all(engine), plain.split_embedding_weights(), strict=True):
+            assert rows.dtype == torch.float16
+            torch.testing.assert_close(rows, weights, **ULP)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.compile import threaded, threads_for
-from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address, store_f32, zero_bytes
+from lightning_embcomp.kernels.compile import WEIGHT_KIND, threaded, threads_for
+from lightning_embcomp.kernels.intrinsics import load_f32, load_weight, prefetch_address, store_f32, zero_bytes
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
 
 _AHEAD = 16
@@ -21,6 +21,8 @@ _BAGS_PER_THREAD = 2048
 
 @threaded(fastmath={"contract", "nsz"})
 def _pool(
+    kind: Any,
+    item: Any,
     target: Any,
     stride: Any,
     tables: Any,
@@ -54,7 +56,7 @@ def _pool(
                 ahead = i + _AHEAD
                 if ahead < end and id_class[ahead] != NO_CLASS:
                     near = id_class[ahead]
-                    size = 4 * class_width[near]
+                    size = item * class_width[near]
                     address = tables[near] + np.int64(id_slot[ahead]) * size
                     for line in range(0, size, _LINE):
                         prefetch_address(address + line)
@@ -62,12 +64,12 @@ def _pool(
                 if c == NO_CLASS:
                     continue
                 # Outside the loops over columns: a store might change it, as far as the compiler knows.
-                source = tables[c] + np.int64(id_slot[i]) * 4 * class_width[c]
+                source = tables[c] + np.int64(id_slot[i]) * item * class_width[c]
                 factor = weights[i] if weighted else np.float32(1.0)
                 if filled == 0 and class_width[c] == columns:
                     # The most frequent case, the first row of a bag, stored whole.
                     for d in range(columns):
-                        store_f32(row, d, load_f32(source, d) * factor)
+                        store_f32(row, d, load_weight(kind, source, d) * factor)
                     filled = columns
                     continue
                 for run in range(first_run[c], first_run[c + 1]):
@@ -78,11 +80,11 @@ def _pool(
                     known = min(high, filled) - low
                     into = row + 4 * low
                     for d in range(known):
-                        store_f32(into, d, load_f32(into, d) + load_f32(source, d) * factor)
+                        store_f32(into, d, load_f32(into, d) + load_weight(kind, source, d) * factor)
                     for d in range(max(0, known), run_length[run]):
-                        store_f32(into, d, load_f32(source, d) * factor)
+                        store_f32(into, d, load_weight(kind, source, d) * factor)
                     filled = max(filled, high)
-                    source += 4 * run_length[run]
+                    source += item * run_length[run]
             if filled < columns:
                 zero_bytes(row + 4 * filled, 4 * (columns - filled))
             if mean[feature] and last - first > 1:
@@ -105,6 +107,8 @@ def pool(
     chunk_bag = np.arange(threads + 1) * (offsets.numel() - 1) // threads
     _pool(
         threads,
+        WEIGHT_KIND[tables[0].dtype],
+        tables[0].element_size(),
         out.data_ptr(),
         out.shape[1],
         np.array([table.data_ptr() for table in tables], np.int64),

@@ -15,11 +15,11 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from lightning_embcomp.kernels.compile import threaded, threads_for
+from lightning_embcomp.kernels.compile import WEIGHT_KIND, threaded, threads_for
 from lightning_embcomp.kernels.count.cpu import advance
 from lightning_embcomp.kernels.count.encoding import LOG_VALUES
 from lightning_embcomp.kernels.count.rows import RowCounts
-from lightning_embcomp.kernels.intrinsics import load_f32, prefetch_address, store_f32
+from lightning_embcomp.kernels.intrinsics import load_f32, load_weight, prefetch_address, store_f32, store_weight
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
 from lightning_embcomp.kernels.update.rule import UpdateRule
 
@@ -33,6 +33,8 @@ _NO_FLOAT64, _NO_FLOAT32 = np.empty(0), np.empty(0, np.float32)
 
 @threaded(fastmath={"contract", "reassoc", "nsz"})
 def _update(
+    weight_kind: Any,
+    item: Any,
     tables: Any,
     states: Any,
     kind: Any,
@@ -164,7 +166,7 @@ def _update(
                         for line in range(0, 4 * class_width[near >> 32], _LINE):
                             prefetch_address(gradient + 4 * first + line)
                         near_class = near >> 32
-                        size = 4 * class_width[near_class]
+                        size = item * class_width[near_class]
                         address = tables[near_class] + (near & 0xFFFFFFFF) * size
                         for line in range(0, size, _LINE):
                             prefetch_address(address + line)
@@ -221,7 +223,7 @@ def _update(
                         moment = load_f32(state, first + d) + load_f32(total, d) * load_f32(total, d)
                         store_f32(state, first + d, moment)
                         step = learning_rate * load_f32(total, d) / (np.sqrt(moment) + eps)
-                        store_f32(table, first + d, load_f32(table, first + d) - step)
+                        store_weight(weight_kind, table, first + d, load_weight(weight_kind, table, first + d) - step)
                     continue
                 rate = learning_rate
                 if kind == 1:
@@ -234,7 +236,8 @@ def _update(
                 if multiplier >= 0.0:
                     rate = min(limit, learning_rate * multiplier)
                 for d in range(width):
-                    store_f32(table, first + d, load_f32(table, first + d) - rate * load_f32(total, d))
+                    kept = load_weight(weight_kind, table, first + d) - rate * load_f32(total, d)
+                    store_weight(weight_kind, table, first + d, kept)
             first_feature = end_feature
 
 
@@ -258,6 +261,8 @@ def update_rows(
     scratch = np.empty((threads, int(width.max()) + _LINE), np.float32)  # no cache line belongs to two threads
     _update(
         threads,
+        WEIGHT_KIND[tables[0].dtype],
+        tables[0].element_size(),
         np.array([table.data_ptr() for table in tables], np.int64),
         np.array([0 if state is None else state.data_ptr() for state in states], np.int64),
         _KINDS[rules[0].kind],
