@@ -3,6 +3,9 @@
 #   make test [ARGS="-k ne"]
 #   make lint               ruff and mypy
 #   make format             let ruff rewrite the files
+#   make docs               build the documentation into site/
+#   make bench              a few points of the Pareto fronts on a made-up log (three minutes); see benchmarks/README.md
+#   make plots              draw the figures of benchmarks/results anew
 #   make install            set-up alone; STACK=cuda for the CUDA build
 #   make clean              remove the environment
 PYTHON ?= python3
@@ -13,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(STACK)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format bench plots clean docs
 .DEFAULT_GOAL := help
 
 help:
@@ -45,5 +48,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks pareto quick
+
+plots: $(STAMP)
+	$(BIN)/python -m benchmarks plots
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -36,10 +36,10 @@ from lightning_embcomp import (
     cli,
 )
 from lightning_embcomp.engine.hosts import RoutedEmbeddingBag
+from tests.pages import PROGRAMS, ROOT, bash_lines, blocks, check_files_of, run_blocks, script, split, text
 
-_ROOT = Path(__file__).resolve().parents[1]
 _METHODS = "lightning_embcomp/methods"
-_CARDS = tuple(sorted(str(card.relative_to(_ROOT)) for card in (_ROOT / _METHODS).glob("*/README.md")))
+_CARDS = tuple(sorted(str(card.relative_to(ROOT)) for card in (ROOT / _METHODS).glob("*/README.md")))
 _PAGES = ("README.md", "benchmarks/README.md", "lightning_embcomp/export/README.md", *_CARDS)
 _SETTINGS = {
     "budget": (CompressionBudget, BudgetControl),
@@ -47,33 +47,11 @@ _SETTINGS = {
     "mpe": (MixedPrecisionSearch, PrecisionSearch, RowQuantization),
     "frequency_lr": (FrequencyAwareLR, CounterSettings),
 }
-_PROGRAMS = ".venv/bin/"
-_ELSEWHERE = {"source .venv/bin/activate", "python3 -m venv .venv"}
-"""Lines of bash that concern no file or command of the project."""
 Run = Callable[..., int]
 
 
-def text(page: str) -> str:
-    return (_ROOT / page).read_text(encoding="utf-8")
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text(page), flags=re.MULTILINE | re.DOTALL)
-
-
-def bash_lines(*pages: str) -> list[str]:
-    lines = [line for page in pages or _PAGES for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line.partition(" #")[0].strip() for line in lines if line.strip()]
-
-
-def split(line: str) -> list[str]:
-    """Words of a command, without the folder of the environment."""
-    first, *others = shlex.split(line)
-    return [first.removeprefix(_PROGRAMS), *others]
-
-
 def commands(first: str) -> list[list[str]]:
-    return [words for words in map(split, bash_lines()) if words[0] == first]
+    return [words for words in map(split, bash_lines(*_PAGES)) if words[0] == first]
 
 
 def table(page: str, heading: str) -> dict[str, str]:
@@ -86,7 +64,7 @@ def table(page: str, heading: str) -> dict[str, str]:
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run `embcomp` in a folder that looks like the repository, and return its status."""
     for folder in ("examples", "callbacks"):
-        (tmp_path / folder).symlink_to(_ROOT / folder)
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> int:
@@ -106,10 +84,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    said: dict[str, Any] = {"__name__": "readme"}
-    for number, block in enumerate(blocks("README.md", "python"), start=1):
-        exec(compile(block, f"README.md, python block {number}", "exec"), said)
+    said = run_blocks("README.md")
 
     assert isinstance(said["model"].items, RoutedEmbeddingBag)
     stored = sum(weight.numel() for weight in said["model"].items.parameters())
@@ -139,7 +114,7 @@ def test_make_targets_exist() -> None:
         for variable in words[2:]:
             assert f"$({variable.partition('=')[0]}" in makefile, f"the Makefile has no {variable}"
             if variable.startswith("STACK="):
-                assert (_ROOT / "requirements" / f"{variable.partition('=')[2]}.txt").is_file()
+                assert (ROOT / "requirements" / f"{variable.partition('=')[2]}.txt").is_file()
 
 
 def test_trainer_commands_parse(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,19 +140,8 @@ def test_other_commands_exist(run: Run, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_scripts_and_files_exist() -> None:
-    known = {"make", "embcomp", "pip", "python"}
-    for line in bash_lines():
-        words = split(line)
-        if line in _ELSEWHERE:
-            continue
-        assert words[0] in known, f"unknown command in {line!r}"
-        files = [words[i + 1] for i, word in enumerate(words) if word in ("-r", "-c")]
-        if words[:2] == ["python", "-m"]:
-            files.append(words[2].replace(".", "/") + ".py")
-        elif words[0] == "python":
-            files.append(words[1])
-        for file in files:
-            assert (_ROOT / file).is_file(), f"{file} in {line!r} does not exist"
+    for line in bash_lines(*_PAGES):
+        check_files_of(line)
 
 
 def test_commands_need_no_activation() -> None:
@@ -187,14 +151,13 @@ def test_commands_need_no_activation() -> None:
         first = shlex.split(line)[0]
         assert first not in {"python", "embcomp"}, f"{line!r} works in an activated environment only"
         assert first != "pip" or active, f"{line!r} comes before the environment is active"
-    assert f"VENV ?= {_PROGRAMS.partition('/')[0]}\n" in text("Makefile")
+    assert f"VENV ?= {PROGRAMS.partition('/')[0]}\n" in text("Makefile")
 
 
 def test_options_of_scripts_exist() -> None:
     for words in commands("python"):
-        script = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
         for option in (word for word in words[2:] if word.startswith("--")):
-            assert f'"{option}"' in text(script), f"{script} has no option {option}"
+            assert f'"{option}"' in text(script(words)), f"{script(words)} has no option {option}"
 
 
 @pytest.mark.parametrize("block", blocks("README.md", "yaml"))
@@ -233,7 +196,7 @@ def shown(page: str, heading: str) -> dict[str, Any]:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", text(page)):
         file = target.partition("#")[0]
-        assert target.startswith("https://") or ((_ROOT / page).parent / file).exists(), f"{page} links to {target}"
+        assert target.startswith("https://") or ((ROOT / page).parent / file).exists(), f"{page} links to {target}"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +210,7 @@ def test_named_files_exist() -> None:
     named = re.findall(r"`([\w./-]+(?:\.(?:py|yaml|txt)|/))`", text("README.md"))
     assert len(named) > 10
     for name in named:
-        folders = (_ROOT, _ROOT / "lightning_embcomp")
+        folders = (ROOT, ROOT / "lightning_embcomp")
         assert any((folder / name).exists() for folder in folders), f"README.md names {name}, which does not exist"
 
 

@@ -1,0 +1,1 @@
+"""MPE: bits of rows, searched for and trained at."""
