@@ -4,8 +4,9 @@
 
     python -m benchmarks.speed --threads 1      # writes benchmarks/results/speed-1-threads.json
 
-``embedding`` is forward + backward + update of one embedding collection, utilities measured. ``step`` is a whole DLRM
-training step. ``event`` is one pruning event, with the peak of extra memory while it runs.
+``embedding`` is forward + backward + update of one embedding collection, utilities measured; ``matrix`` the same over
+dims, pooling factors and dtypes. ``step`` is a whole DLRM training step. ``event`` is one pruning event, with the peak
+of extra memory while it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     EmbeddingLocation,
@@ -53,22 +54,27 @@ def zipf_ids(rng: np.random.Generator, rows: int, count: int, exponent: float = 
     return np.clip(ids.astype(np.int64) - 1, 0, rows - 1)
 
 
-def plain_tables(tables: int, rows: int, dim: int) -> SplitTableBatchedEmbeddingBagsCodegen:
+def plain_tables(
+    tables: int, rows: int, dim: int, dtype: torch.dtype = torch.float32
+) -> SplitTableBatchedEmbeddingBagsCodegen:
     """Plain FBGEMM tables with fused row-wise Adagrad."""
     plain = SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * tables,
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         pooling_mode=PoolingMode.SUM,
+        weights_precision=SparseType.FP16 if dtype == torch.float16 else SparseType.FP32,
         **RATE,
     )
     plain.init_embedding_weights_uniform(-0.01, 0.01)
     return plain
 
 
-def pruned_engine(tables: int, rows: int, dim: int, target: float) -> tuple[RoutedEmbeddings, DimensionPruner]:
+def pruned_engine(
+    tables: int, rows: int, dim: int, target: float, dtype: torch.dtype = torch.float32
+) -> tuple[RoutedEmbeddings, DimensionPruner]:
     """The engine at the given share of the bytes, rows placed by popularity."""
     logical = [LogicalTable(name=f"t{t}", rows=rows, dim=dim, chunks=4) for t in range(tables)]
-    options = RoutedOptions(optimizer=FusedOptimizerSpec(kind="rowwise_adagrad", options=RATE))
+    options = RoutedOptions(optimizer=FusedOptimizerSpec(kind="rowwise_adagrad", options=RATE), dtype=dtype)
     engine = RoutedEmbeddings(logical, options=options)
     pruner = DimensionPruner([HeldTable(OneEngine(engine), t, f"t{t}") for t in range(tables)], target=target)
     pruner.start()
@@ -97,45 +103,56 @@ def look_up(
     module(ids[turn % len(ids)], offsets).backward(grad)
 
 
-def embedding(rounds: int) -> list[dict[str, Any]]:
-    """Embedding forward + backward + update against plain tables."""
+def compare(
+    rounds: int,
+    *,
+    tables: int,
+    rows: int,
+    dim: int,
+    pooling: int,
+    batch: int = 2048,
+    dtype: torch.dtype = torch.float32,
+) -> list[dict[str, Any]]:
+    """Embedding forward + backward + update at three shares of the bytes against plain tables."""
+    rng = np.random.default_rng(0)
+    ids = [
+        torch.from_numpy(np.concatenate([zipf_ids(rng, rows, batch * pooling) for _ in range(tables)]))
+        for _ in range(8)
+    ]
+    offsets = torch.arange(0, tables * batch * pooling + 1, pooling)
+    grad = torch.randn(batch, tables * dim) * 1e-3
+    plain = plain_tables(tables, rows, dim, dtype)
+    case = {"tables": tables, "rows": rows, "dim": dim, "pooling": pooling, "batch": batch, "dtype": str(dtype)[6:]}
     results = []
-    for tables, rows, dim, pooling in (
-        (1, 2_000_000, 64, 20),
-        (26, 200_000, 64, 1),
-        (26, 200_000, 16, 1),
-        (1, 2_000_000, 16, 20),
-    ):
-        rng = np.random.default_rng(0)
-        batch = 2048
-        ids = [
-            torch.from_numpy(np.concatenate([zipf_ids(rng, rows, batch * pooling) for _ in range(tables)]))
-            for _ in range(8)
-        ]
-        offsets = torch.arange(0, tables * batch * pooling + 1, pooling)
-        grad = torch.randn(batch, tables * dim) * 1e-3
-        plain = plain_tables(tables, rows, dim)
-
-        for share in (1.0, 0.35, 0.1):
-            engine, _ = pruned_engine(tables, rows, dim, 1 - share)
-            steps = [partial(look_up, module, ids, offsets, grad) for module in (plain, engine)]
-            seconds = interleaved(steps, rounds)
-            results.append(
-                {
-                    "tables": tables,
-                    "rows": rows,
-                    "dim": dim,
-                    "pooling": pooling,
-                    "batch": batch,
-                    "bytes_share": share,
-                    "plain_ms": seconds[0] * 1e3,
-                    "engine_ms": seconds[1] * 1e3,
-                    "ratio": seconds[1] / seconds[0],
-                }
-            )
-            print(json.dumps(results[-1]), flush=True)
-            del engine
+    for share in (1.0, 0.35, 0.1):
+        engine, _ = pruned_engine(tables, rows, dim, 1 - share, dtype)
+        steps = [partial(look_up, module, ids, offsets, grad) for module in (plain, engine)]
+        seconds = interleaved(steps, rounds)
+        times = {"plain_ms": seconds[0] * 1e3, "engine_ms": seconds[1] * 1e3, "ratio": seconds[1] / seconds[0]}
+        results.append({**case, "bytes_share": share, **times})
+        print(json.dumps(results[-1]), flush=True)
+        del engine
     return results
+
+
+def embedding(rounds: int) -> list[dict[str, Any]]:
+    """One large table with long bags, and the 26 tables of a click log with one id each."""
+    one, many = {"tables": 1, "rows": 2_000_000, "pooling": 20}, {"tables": 26, "rows": 200_000, "pooling": 1}
+    cases = ({**one, "dim": 64}, {**many, "dim": 64}, {**many, "dim": 16}, {**one, "dim": 16})
+    return [result for case in cases for result in compare(rounds, **case)]
+
+
+def matrix(rounds: int) -> list[dict[str, Any]]:
+    """Dims, pooling factors and dtypes, eight tables each."""
+    return [
+        result
+        for dtype in (torch.float32, torch.float16)
+        for dim in (16, 64, 128)
+        for pooling in (1, 10, 50)
+        for result in compare(
+            rounds, tables=8, rows=250_000, dim=dim, pooling=pooling, batch=4096 if pooling == 1 else 512, dtype=dtype
+        )
+    ]
 
 
 FEATURES = [{"name": f"c{i}", "num_embeddings": 100_000} for i in range(26)]
@@ -245,9 +262,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--only", choices=["embedding", "step", "event"], nargs="*", default=["embedding", "step", "event"]
-    )
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "embedding": lambda: embedding(args.rounds),
+        "matrix": lambda: matrix(args.rounds),
+        "step": lambda: step(args.rounds),
+        "event": event,
+    }
+    parser.add_argument("--only", choices=list(parts), nargs="*", default=list(parts))
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)
     torch.set_num_threads(args.threads)
@@ -255,9 +276,7 @@ def main() -> None:
     report = json.loads(path.read_text()) if path.exists() else {}
     report |= {"machine": describe(), "threads": args.threads, "rounds": args.rounds}
     for name in args.only:
-        report[name] = {"embedding": lambda: embedding(args.rounds), "step": lambda: step(args.rounds), "event": event}[
-            name
-        ]()
+        report[name] = parts[name]()
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
 

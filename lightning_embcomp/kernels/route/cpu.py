@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -17,6 +16,13 @@ from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, IdRoutes, Route
 
 _AHEAD = 16  # ids between a prefetch and its use: about the misses that a core keeps in flight
 _BAGS_PER_THREAD = 4096  # below this a second thread costs more than it saves
+
+
+@numba.njit(inline="always")
+def _read_plane(word: Any, bit: Any, plane: Any, code: Any, same: Any) -> Any:
+    """Add one plane to a row's code, and to the mask of the rows of its block that have the same code."""
+    is_set = (word >> bit) & np.uint64(1)
+    return code | np.int64(is_set) << plane, same & (word ^ (is_set - np.uint64(1)))
 
 
 @threaded()
@@ -35,24 +41,18 @@ def _find(
     class_of_code: Any,
     id_class: Any,
     id_slot: Any,
-    id_count: Any,
-    bag_count: Any,
     bad: Any,
 ) -> None:
-    """Fill class and slot of each id, and per thread the number of ids and non-empty bags of each class."""
-    classes = id_count.shape[1]
+    """Fill class and slot of each id. No branch depends on a code: codes of neighbouring ids cannot be predicted."""
     for chunk in numba.prange(chunk_bag.shape[0] - 1):
-        last_bag = np.full(classes, -1, np.int64)
-        feature = 0
-        for bag in range(chunk_bag[chunk], chunk_bag[chunk + 1]):
-            while bag >= bag_start[feature + 1]:
-                feature += 1
+        for feature in range(table_of.shape[0]):
             table = table_of[feature]
             first_word, words_per_block, bit_planes, limit = start[table], stride[table], planes[table], rows[table]
-            for i in range(offsets[bag], offsets[bag + 1]):
-                ahead = i + _AHEAD
-                if ahead < ids.shape[0]:
-                    near = ids[ahead]
+            first = offsets[max(bag_start[feature], chunk_bag[chunk])]
+            last = offsets[max(bag_start[feature], min(bag_start[feature + 1], chunk_bag[chunk + 1]))]
+            for i in range(first, last):
+                if i + _AHEAD < last:
+                    near = ids[i + _AHEAD]
                     if near >= 0 and near < limit:
                         prefetch(words, np.intp(first_word + (near >> 6) * words_per_block))
                 row = np.int64(ids[i])
@@ -63,22 +63,30 @@ def _find(
                     continue
                 block = first_word + (row >> 6) * words_per_block
                 bit = np.uint64(row & 63)
-                code = 0
-                same = ~np.uint64(0)
-                for plane in range(bit_planes):
-                    word = words[block + plane]
-                    if (word >> bit) & np.uint64(1):
-                        code |= 1 << plane
-                        same &= word
-                    else:
-                        same &= ~word
-                row_class = class_of_code[table, code]
-                if row_class < 0:
-                    id_class[i] = NO_CLASS
-                    continue
+                code, same = _read_plane(words[block], bit, 0, np.int64(0), ~np.uint64(0))
+                if bit_planes > 1:
+                    code, same = _read_plane(words[block + 1], bit, 1, code, same)
+                if bit_planes > 2:  # four chunks have three planes: a loop over them would cost more than they do
+                    code, same = _read_plane(words[block + 2], bit, 2, code, same)
+                for plane in range(3, bit_planes):
+                    code, same = _read_plane(words[block + plane], bit, plane, code, same)
                 rank = popcount(same & ((np.uint64(1) << bit) - np.uint64(1)))
-                id_class[i] = row_class
+                row_class = class_of_code[table, code]
+                id_class[i] = NO_CLASS if row_class < 0 else row_class
+                # Of code 0, which has no slot, this reads a plane.
                 id_slot[i] = words32[2 * (block + bit_planes) + code - 1] + np.int32(rank)
+
+
+@threaded()
+def _count(offsets: Any, chunk_bag: Any, id_class: Any, id_count: Any, bag_count: Any) -> None:
+    """Count the ids and non-empty bags of each class, per thread."""
+    for chunk in numba.prange(chunk_bag.shape[0] - 1):
+        last_bag = np.full(id_count.shape[1], -1, np.int64)
+        for bag in range(chunk_bag[chunk], chunk_bag[chunk + 1]):
+            for i in range(offsets[bag], offsets[bag + 1]):
+                row_class = id_class[i]
+                if row_class == NO_CLASS:
+                    continue
                 id_count[chunk, row_class] += 1
                 if last_bag[row_class] != bag:
                     last_bag[row_class] = bag
@@ -123,38 +131,15 @@ def _fill(
 
 def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> IdRoutes:
     """Numba twin of :func:`lightning_embcomp.kernels.route.reference.find`."""
-    found = _find_in_chunks(indices, offsets, layout, router, classes)
-    return IdRoutes(row_class=torch.from_numpy(found.id_class), slot=torch.from_numpy(found.id_slot))
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Result of the first pass: routes of the ids, and counts ``(threads, classes)``."""
-
-    id_class: np.ndarray
-    id_slot: np.ndarray
-    id_count: np.ndarray
-    bag_count: np.ndarray
-    chunk_bag: np.ndarray
-
-
-def _find_in_chunks(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> _Found:
     ids, bounds = indices.contiguous().numpy(), offsets.contiguous().numpy()
-    bag_total = bounds.shape[0] - 1
-    chunks = threads_for(bag_total, _BAGS_PER_THREAD)
-    found = _Found(
-        id_class=np.empty(ids.shape[0], np.uint8),
-        id_slot=np.empty(ids.shape[0], np.int32),
-        id_count=np.zeros((chunks, classes), np.int64),
-        bag_count=np.zeros((chunks, classes), np.int64),
-        chunk_bag=np.arange(chunks + 1) * bag_total // chunks,
-    )
-    bad = np.full(chunks, -1, np.int64)
+    id_class, id_slot = np.empty(ids.shape[0], np.uint8), np.empty(ids.shape[0], np.int32)
+    chunk_bag = _chunks(bounds)
+    bad = np.full(chunk_bag.shape[0] - 1, -1, np.int64)
     _find(
-        chunks,
+        bad.shape[0],
         ids,
         bounds,
-        found.chunk_bag,
+        chunk_bag,
         layout.bag_start.numpy(),
         layout.table.numpy(),
         router.words.numpy().view(np.uint64),
@@ -164,23 +149,32 @@ def _find_in_chunks(indices: Tensor, offsets: Tensor, layout: BagLayout, router:
         router.planes.numpy(),
         router.rows.numpy(),
         router.class_of_code.numpy(),
-        found.id_class,
-        found.id_slot,
-        found.id_count,
-        found.bag_count,
+        id_class,
+        id_slot,
         bad,
     )
     if (bad >= 0).any():
         _raise_out_of_range(int(bad[bad >= 0].min()), ids, bounds, layout, router)
-    return found
+    return IdRoutes(row_class=torch.from_numpy(id_class), slot=torch.from_numpy(id_slot))
+
+
+def _chunks(bounds: np.ndarray) -> np.ndarray:
+    """Boundaries of the bags that each thread handles."""
+    bags = bounds.shape[0] - 1
+    threads = threads_for(bags, _BAGS_PER_THREAD)
+    return np.arange(threads + 1) * bags // threads
 
 
 def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:
     """Numba twin of :func:`lightning_embcomp.kernels.route.reference.route`."""
-    found = _find_in_chunks(indices, offsets, layout, router, classes)
+    routes = find(indices, offsets, layout, router, classes)
+    id_class, id_slot = routes.row_class.numpy(), routes.slot.numpy()
     bounds = offsets.contiguous().numpy()
-    chunk_class_id, id_start = _starts(found.id_count)
-    chunk_class_bag, bag_start = _starts(found.bag_count)
+    chunk_bag = _chunks(bounds)
+    id_count, bag_count = (np.zeros((chunk_bag.shape[0] - 1, classes), np.int64) for _ in range(2))
+    _count(id_count.shape[0], bounds, chunk_bag, id_class, id_count, bag_count)
+    chunk_class_id, id_start = _starts(id_count)
+    chunk_class_bag, bag_start = _starts(bag_count)
     slots = np.empty(id_start[-1], np.int32)
     positions = np.empty(id_start[-1], np.int32)
     bags = np.empty(bag_start[-1], np.int32)
@@ -188,11 +182,11 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
     ends = np.arange(classes)
     out_offsets[bag_start[1:] + ends] = np.diff(id_start)
     _fill(
-        found.chunk_bag.shape[0] - 1,
+        id_count.shape[0],
         bounds,
-        found.chunk_bag,
-        found.id_class,
-        found.id_slot,
+        chunk_bag,
+        id_class,
+        id_slot,
         id_start,
         chunk_class_id,
         chunk_class_bag,
@@ -208,7 +202,7 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
         bags=torch.from_numpy(bags),
         id_start=tuple(id_start.tolist()),
         bag_start=tuple(bag_start.tolist()),
-        chunk_bag=torch.from_numpy(found.chunk_bag),
+        chunk_bag=torch.from_numpy(chunk_bag),
         chunk_class_bag=torch.from_numpy(chunk_class_bag),
     )
 
