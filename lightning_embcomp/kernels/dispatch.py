@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
 Backend = Literal["reference", "cpu", "triton"]
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 _forced: ContextVar[Backend | None] = ContextVar("embcomp_kernel_backend", default=None)
 
@@ -31,6 +34,33 @@ def backend_for(device: torch.device, *, has_triton: bool = False) -> Backend:
     if device.type == "cpu":
         return "cpu"
     return "triton" if has_triton and device.type == "cuda" else "reference"
+
+
+def choose(device: torch.device, cpu: _Kernel, reference: _Kernel) -> _Kernel:
+    """Return the twin of a kernel that runs for tensors on ``device``, for operations with a Triton kernel.
+
+    Args:
+        device: Where the tensors are.
+        cpu: The Numba kernel.
+        reference: The plain twin, in the module ``reference``; the Triton kernel has its name and lies beside it.
+
+    Example:
+        >>> from lightning_embcomp.kernels.route import cpu, reference
+        >>> choose(torch.device("cpu"), cpu.find, reference.find) is cpu.find
+        True
+    """
+    backend = backend_for(device, has_triton=True)
+    if backend == "cpu":
+        return cpu
+    return reference if backend == "reference" else cast(_Kernel, _triton_twin(reference))
+
+
+@cache
+def _triton_twin(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Import the Triton kernel when it is first needed: Triton is not installed where there is no CUDA."""
+    package = reference.__module__.rpartition(".")[0]
+    found: Callable[..., Any] = getattr(import_module(f"{package}.triton"), reference.__name__)
+    return found
 
 
 @contextmanager

@@ -1,10 +1,6 @@
 """Rounding to several widths at once: both backends against loops over single numbers in NumPy."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,17 +157,3 @@ def test_zero_width_is_zero_and_not_the_offset() -> None:
     rounded = round_rows(rows, replace(rounding, shares=only_zero))
     assert not rounded[rounding.group >= 0].any()
     assert torch.equal(rounded[rounding.group < 0], rows[rounding.group < 0])
-
-
-def test_triton_kernel_by_its_interpreter() -> None:
-    """In a process of its own: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_quantize.py"))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_embcomp.kernels.assemble import cpu, reference
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, RoutedBatch
 
 __all__ = ["assemble", "bag_norms", "disassemble"]
@@ -29,7 +29,7 @@ def assemble(
         float32 tensor of ``layout.shape``. Columns that no live class of a bag stores are zero.
     """
     device = offsets.device
-    kernel = cpu.assemble if backend_for(device) == "cpu" else reference.assemble
+    kernel = choose(device, cpu.assemble, reference.assemble)
     return kernel(pooled, offsets, batch, layout, columns)
 
 
@@ -48,7 +48,7 @@ def disassemble(
     Returns:
         Per class the gradient of its pooled rows, None for a class without bags.
     """
-    kernel = cpu.disassemble if backend_for(grad.device) == "cpu" else reference.disassemble
+    kernel = choose(grad.device, cpu.disassemble, reference.disassemble)
     return kernel(grad, offsets, batch, layout, columns)
 
 
@@ -66,5 +66,5 @@ def bag_norms(grad: Tensor, offsets: Tensor, layout: BagLayout, parts: int) -> T
     Returns:
         float32 tensor of shape ``(bags, parts)``; zero for empty bags.
     """
-    kernel = cpu.bag_norms if backend_for(grad.device) == "cpu" else reference.bag_norms
+    kernel = choose(grad.device, cpu.bag_norms, reference.bag_norms)
     return kernel(grad, offsets, layout, parts)

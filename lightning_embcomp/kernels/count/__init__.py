@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_embcomp.kernels.count import cpu, reference
 from lightning_embcomp.kernels.count.encoding import LOG_VALUES, decode, nearest_code, round_to_code, uniform
 from lightning_embcomp.kernels.count.rows import RowCounts
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.types import BagLayout
 
 __all__ = ["LOG_VALUES", "RowCounts", "count_rows", "decode", "nearest_code", "round_to_code", "uniform"]
@@ -26,5 +26,5 @@ def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagL
         offsets: Bag boundaries, ``(bags + 1,)``.
         layout: Features of the bags.
     """
-    kernel = cpu.count_rows if backend_for(indices.device) == "cpu" else reference.count_rows
+    kernel = choose(indices.device, cpu.count_rows, reference.count_rows)
     kernel(counts, indices, offsets, layout)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_embcomp.kernels.dequantize import cpu, reference
 from lightning_embcomp.kernels.dequantize.types import ServedClasses, ServedRouter
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.types import BagLayout
 
 __all__ = ["ServedClasses", "ServedRouter", "pool_served"]
@@ -36,5 +36,5 @@ def pool_served(
     Raises:
         IdOutOfRangeError: If an id is negative or not below the rows of its table.
     """
-    kernel = cpu.pool_served if backend_for(indices.device) == "cpu" else reference.pool_served
+    kernel = choose(indices.device, cpu.pool_served, reference.pool_served)
     return kernel(indices, offsets, weights, layout, router, classes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.pool import cpu, reference
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, IdRoutes
 
@@ -34,5 +34,5 @@ def pool(
     Returns:
         float32 tensor of ``layout.shape``.
     """
-    kernel = cpu.pool if backend_for(offsets.device) == "cpu" else reference.pool
+    kernel = choose(offsets.device, cpu.pool, reference.pool)
     return kernel(tables, routes, offsets, weights, layout, columns)

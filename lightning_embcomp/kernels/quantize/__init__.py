@@ -6,11 +6,9 @@ with a step s and an offset o; :math:`Q_0 = 0`. A row of group g becomes :math:`
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.quantize import cpu, reference
 from lightning_embcomp.kernels.quantize.types import PASS, Rounding, RoundingGradients
 
@@ -37,8 +35,7 @@ def round_rows(rows: Tensor, rounding: Rounding) -> Tensor:
         tensor([[-1.0000,  0.5000],
                 [ 3.0000,  4.0000]])
     """
-    rounded: Tensor = _backend(rows).round_rows(rows, rounding)
-    return rounded
+    return choose(rows.device, cpu.round_rows, reference.round_rows)(rows, rounding)
 
 
 def round_rows_backward(
@@ -56,15 +53,5 @@ def round_rows_backward(
     Returns:
         Gradient of the rows ``(N, W)``, and the sums for the settings.
     """
-    result: tuple[Tensor, RoundingGradients]
-    result = _backend(rows).round_rows_backward(grad, rows, rounding, all_candidates)
-    return result
-
-
-def _backend(rows: Tensor) -> ModuleType:
-    backend = backend_for(rows.device, has_triton=True)
-    if backend == "triton":
-        from lightning_embcomp.kernels.quantize import triton  # not installed where there is no CUDA
-
-        return triton
-    return cpu if backend == "cpu" else reference
+    kernel = choose(rows.device, cpu.round_rows_backward, reference.round_rows_backward)
+    return kernel(grad, rows, rounding, all_candidates)

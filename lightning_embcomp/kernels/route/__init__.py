@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.route import cpu, reference
+from lightning_embcomp.kernels.route.types import ClassLists
 from lightning_embcomp.kernels.types import BagLayout, IdRoutes, RoutedBatch, RouterTensors
 
-__all__ = ["IdOutOfRangeError", "find", "route"]
+__all__ = ["ClassLists", "IdOutOfRangeError", "find", "list_by_class", "route"]
 
 IdOutOfRangeError = reference.IdOutOfRangeError
 
@@ -27,14 +28,18 @@ def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTens
         Class and slot per id.
 
     Raises:
-        IdOutOfRangeError: If an id is negative or not below the rows of its table.
+        IdOutOfRangeError: If an id is negative or not below the rows of its table. On a GPU the answer is not waited
+            for: a later call raises, and ids outside of their table have no class.
     """
-    kernel = cpu.find if backend_for(indices.device) == "cpu" else reference.find
+    kernel = choose(indices.device, cpu.find, reference.find)
     return kernel(indices, offsets, layout, router, classes)
 
 
 def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int) -> RoutedBatch:
     """Send every id to the slot of its row class and list the non-empty bags of each class.
+
+    The lengths of the lists are known to the host, which has to wait for a GPU to know them; :func:`list_by_class` does
+    not wait.
 
     Args:
         indices: Logical ids of all features, int32 or int64 tensor of shape ``(N,)``, feature by feature.
@@ -49,5 +54,27 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
     Raises:
         IdOutOfRangeError: If an id is negative or not below the rows of its table.
     """
-    kernel = cpu.route if backend_for(indices.device) == "cpu" else reference.route
+    kernel = choose(indices.device, cpu.route, reference.route)
+    return kernel(indices, offsets, layout, router, classes)
+
+
+def list_by_class(
+    indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int
+) -> ClassLists:
+    """Send every id to the slot of its row class, in lists whose sizes do not depend on the ids.
+
+    Args:
+        indices: As in :func:`route`.
+        offsets: As in :func:`route`.
+        layout: As in :func:`route`.
+        router: As in :func:`route`.
+        classes: As in :func:`route`.
+
+    Returns:
+        All ids, class by class; those without storage last.
+
+    Raises:
+        IdOutOfRangeError: As in :func:`find`.
+    """
+    kernel = choose(indices.device, reference.list_by_class, reference.list_by_class)  # only GPUs profit from it
     return kernel(indices, offsets, layout, router, classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_embcomp.kernels.route.types import ClassLists
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, IdRoutes, RoutedBatch, RouterTensors
 
 
@@ -106,4 +107,21 @@ def route(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTen
         bag_start=tuple(bag_start),
         chunk_bag=torch.tensor([0, bags]),
         chunk_class_bag=torch.tensor([bag_start[:-1], bag_start[1:]]),
+    )
+
+
+def list_by_class(
+    indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTensors, classes: int
+) -> ClassLists:
+    """Plain twin of :func:`lightning_embcomp.kernels.route.list_by_class`."""
+    routes = find(indices, offsets, layout, router, classes)
+    row_class = torch.where(routes.row_class == NO_CLASS, classes, routes.row_class.long())
+    bags = offsets.numel() - 1
+    bag = torch.repeat_interleave(torch.arange(bags, device=indices.device), offsets.long().diff())
+    counts = torch.bincount(row_class * bags + bag, minlength=(classes + 1) * bags)
+    order = row_class.sort(stable=True).indices
+    return ClassLists(
+        slots=torch.where(row_class == classes, 0, routes.slot)[order],
+        positions=order.int(),
+        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
     )

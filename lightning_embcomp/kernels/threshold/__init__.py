@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
-from lightning_embcomp.kernels.threshold import cpu, reference
+from lightning_embcomp.kernels.dispatch import choose
+from lightning_embcomp.kernels.threshold import cpu, packed, reference
 
-__all__ = ["SMALLEST", "kth_largest", "select_large"]
+__all__ = ["SMALLEST", "kth_largest", "select_large", "select_packed"]
 
 SMALLEST = 2.0**-126
 """Smallest normal float32; smaller thresholds would let zeros and denormals through."""
@@ -55,21 +53,46 @@ def select_large(
         >>> residual
         tensor([ 1.5000, -0.1250, -1.2500])
     """
-    for name, tensor in (("grad", grad), ("residual", residual), ("estimate", estimate)):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float32 or tensor.shape != (grad.numel(),) or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be a contiguous float32 tensor of shape ({grad.numel()},), not {tensor.dtype} of shape"
-                f" {tuple(tensor.shape)}"
-            )
-    if gain != 1.0 and (residual is None or estimate is None):
-        raise ValueError(f"gain={gain} has no effect without both a residual and an estimate")
-    if not threshold >= SMALLEST:
-        raise ValueError(f"the threshold must be at least {SMALLEST:g}, not {threshold}")
-    selected: tuple[Tensor, Tensor]
-    selected = _backend(grad).select_large(grad.detach(), residual, estimate, factor, gain, threshold)
-    return selected
+    _check(grad, residual, estimate, gain, threshold)
+    kernel = choose(grad.device, cpu.select_large, reference.select_large)
+    return kernel(grad.detach(), residual, estimate, factor, gain, threshold)
+
+
+def select_packed(
+    grad: Tensor,
+    residual: Tensor | None = None,
+    estimate: Tensor | None = None,
+    *,
+    factor: float = 1.0,
+    gain: float = 1.0,
+    threshold: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`select_large`, into tensors of given size: the host need not wait for a GPU to know how many there are.
+
+    Args:
+        grad: As in :func:`select_large`.
+        residual: As in :func:`select_large`.
+        estimate: As in :func:`select_large`.
+        factor: As in :func:`select_large`.
+        gain: As in :func:`select_large`.
+        threshold: As in :func:`select_large`.
+        capacity: Entries that there is room for; of more, those further left are kept.
+
+    Returns:
+        Positions, int32 ``(capacity,)``, and the message there, float32 ``(capacity,)``, zeros at the end, and how many
+        entries reach the threshold, int64 ``(1,)``, which may be more than the capacity.
+
+    Raises:
+        ValueError: As in :func:`select_large`.
+
+    Example:
+        >>> select_packed(torch.tensor([1.0, -0.125, -1.0]), threshold=1.0, capacity=3)
+        (tensor([0, 2, 0], dtype=torch.int32), tensor([ 1., -1.,  0.]), tensor([2]))
+    """
+    _check(grad, residual, estimate, gain, threshold)
+    kernel = choose(grad.device, packed.select_packed, packed.select_packed)  # only GPUs profit from it
+    return kernel(grad.detach(), residual, estimate, factor, gain, threshold, capacity)
 
 
 def kth_largest(sizes: Tensor, rank: int) -> float:
@@ -91,9 +114,19 @@ def kth_largest(sizes: Tensor, rank: int) -> float:
     """
     if not 1 <= rank <= sizes.numel():
         raise ValueError(f"rank must be from 1 to {sizes.numel()}, not {rank}")
-    value: float = _backend(sizes).kth_largest(sizes.detach(), rank)
-    return value
+    return choose(sizes.device, cpu.kth_largest, reference.kth_largest)(sizes.detach(), rank)
 
 
-def _backend(grad: Tensor) -> ModuleType:
-    return cpu if backend_for(grad.device) == "cpu" else reference
+def _check(grad: Tensor, residual: Tensor | None, estimate: Tensor | None, gain: float, threshold: float) -> None:
+    for name, tensor in (("grad", grad), ("residual", residual), ("estimate", estimate)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.shape != (grad.numel(),) or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous float32 tensor of shape ({grad.numel()},), not {tensor.dtype} of shape"
+                f" {tuple(tensor.shape)}"
+            )
+    if gain != 1.0 and (residual is None or estimate is None):
+        raise ValueError(f"gain={gain} has no effect without both a residual and an estimate")
+    if not threshold >= SMALLEST:
+        raise ValueError(f"the threshold must be at least {SMALLEST:g}, not {threshold}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.topk import cpu, reference
 
 __all__ = ["LARGEST_WIDTH", "place_entries", "position_dtype", "top_entries"]
@@ -55,7 +55,7 @@ def top_entries(rows: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     if rows.dim() != 2 or not 1 <= kept <= rows.shape[1]:
         raise ValueError(f"cannot keep {kept} entries per row of a tensor of shape {tuple(rows.shape)}")
     dtype = position_dtype(rows.shape[1])
-    kernel = cpu.top_entries if backend_for(rows.device) == "cpu" else reference.top_entries
+    kernel = choose(rows.device, cpu.top_entries, reference.top_entries)
     return kernel(rows, kept, dtype)
 
 
@@ -77,5 +77,5 @@ def place_entries(positions: Tensor, values: Tensor, width: int) -> Tensor:
         >>> place_entries(torch.tensor([[0, 2]], dtype=torch.uint8), torch.tensor([[5.0, -1.0]]), 4)
         tensor([[ 5.,  0., -1.,  0.]])
     """
-    kernel = cpu.place_entries if backend_for(positions.device) == "cpu" else reference.place_entries
+    kernel = choose(positions.device, cpu.place_entries, reference.place_entries)
     return kernel(positions, values, width)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_embcomp.kernels.count.rows import RowCounts
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, IdRoutes
 from lightning_embcomp.kernels.update import cpu, reference
 from lightning_embcomp.kernels.update.rule import UpdateRule
@@ -51,5 +51,5 @@ def update_rows(
         logical: Logical ids of the batch, ``(N,)``; needed with ``counts``.
         counts: Counters to move and to take step sizes from.
     """
-    kernel = cpu.update_rows if backend_for(grad.device) == "cpu" else reference.update_rows
+    kernel = choose(grad.device, cpu.update_rows, reference.update_rows)
     kernel(tables, states, rules, grad, routes, offsets, weights, layout, columns, logical, counts)

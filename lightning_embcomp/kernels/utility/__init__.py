@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.kernels.utility import cpu, reference
 
@@ -47,7 +47,7 @@ def accumulate_utility(
         seed: Changes from step to step.
         number: Number of each table's first row, int64 ``(T,)``; ``row_start`` by default.
     """
-    kernel = cpu.accumulate_utility if backend_for(utility.device) == "cpu" else reference.accumulate_utility
+    kernel = choose(utility.device, cpu.accumulate_utility, reference.accumulate_utility)
     kernel(
         utility,
         row_start,
@@ -88,5 +88,5 @@ def decay_utility(values: Tensor, factor: float, seed: int, first: int = 0) -> N
         raise ValueError(f"utilities decay by a factor from 0 to 1, not {factor}")
     if values.dtype != torch.bfloat16 or not values.is_contiguous():
         raise ValueError(f"utilities must be contiguous bfloat16, not {values.dtype} with strides {values.stride()}")
-    kernel = cpu.decay_utility if backend_for(values.device) == "cpu" else reference.decay_utility
+    kernel = choose(values.device, cpu.decay_utility, reference.decay_utility)
     kernel(values, factor, seed, first)

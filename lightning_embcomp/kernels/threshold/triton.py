@@ -1,0 +1,194 @@
+"""Selection by a threshold on CUDA: a pass that adds and counts, a sum over the counts, a pass that packs.
+
+Per entry the first pass reads the gradient, residual and estimate and writes the residual, up to 16 bytes. The second
+one reads what the message consists of again, in blocks that selected anything, and writes 8 bytes per selected entry.
+Memory bandwidth bounds both. Positions rise and nothing is atomic. Both passes compute the message without fused
+multiply-adds, so that they and the plain twin agree to the bit.
+"""
+# ruff: noqa: ANN001, ANN202 - Triton has types of its own
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_embcomp.kernels.threshold.reference import kth_largest
+
+__all__ = [
+    "kth_largest",
+    "select_large",
+    "select_packed",
+]  # a largest value as a Python float waits for the device anyway
+
+_BLOCK = 2048
+
+
+@triton.jit
+def _message(
+    grad,
+    residual,
+    estimate,
+    factor,
+    gain,
+    i,
+    there,
+    has_residual: tl.constexpr,
+    has_estimate: tl.constexpr,
+    adds: tl.constexpr,
+):
+    """Message at positions; ``adds`` says whether the gradient is still to be added to the residual."""
+    message = tl.load(grad + i, there, other=0.0) * factor
+    if has_estimate:
+        message -= tl.load(estimate + i, there, other=0.0)
+    if has_residual:
+        kept = tl.load(residual + i, there, other=0.0)
+        if adds:
+            kept += message
+            tl.store(residual + i, kept, there)
+        if has_estimate:
+            message = gain * kept + (1.0 - gain) * message
+        else:
+            message = kept
+    return message
+
+
+@triton.jit
+def _add_and_count(
+    grad,
+    residual,
+    estimate,
+    counts,
+    factor,
+    gain,
+    threshold,
+    n,
+    has_residual: tl.constexpr,
+    has_estimate: tl.constexpr,
+    block: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    there = i < n
+    message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, True)
+    small = tl.abs(message) < threshold  # false for what is not a number
+    tl.store(counts + tl.program_id(0), tl.sum((there & (small == 0)).to(tl.int64), 0))
+
+
+@triton.jit
+def _pack(
+    grad,
+    residual,
+    estimate,
+    counts,
+    ends,
+    indices,
+    values,
+    factor,
+    gain,
+    threshold,
+    n,
+    capacity,
+    has_residual: tl.constexpr,
+    has_estimate: tl.constexpr,
+    block: tl.constexpr,
+):
+    selected = tl.load(counts + tl.program_id(0))
+    first = tl.load(ends + tl.program_id(0)) - selected
+    if (selected > 0) & (first < capacity):
+        i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        there = i < n
+        message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, False)
+        large = there & ((tl.abs(message) < threshold) == 0)
+        at = first + tl.cumsum(large.to(tl.int64), 0) - 1
+        tl.store(indices + at, i.to(tl.int32), large & (at < capacity))
+        tl.store(values + at, message, large & (at < capacity))
+
+
+def select_packed(
+    grad: Tensor,
+    residual: Tensor | None,
+    estimate: Tensor | None,
+    factor: float,
+    gain: float,
+    threshold: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton twin of :func:`lightning_embcomp.kernels.threshold.packed.select_packed`."""
+    counts, ends = _add(grad, residual, estimate, factor, gain, threshold)
+    indices = torch.zeros(capacity, dtype=torch.int32, device=grad.device)
+    values = torch.zeros(capacity, device=grad.device)
+    _write(grad, residual, estimate, factor, gain, threshold, counts, ends, indices, values)
+    return indices, values, ends[-1:] if ends.numel() else torch.zeros(1, dtype=torch.int64, device=grad.device)
+
+
+def select_large(
+    grad: Tensor, residual: Tensor | None, estimate: Tensor | None, factor: float, gain: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Triton twin of :func:`lightning_embcomp.kernels.threshold.reference.select_large`.
+
+    The size of the result is part of it, so the host waits for that number; :func:`select_packed` does not.
+    """
+    counts, ends = _add(grad, residual, estimate, factor, gain, threshold)
+    selected = ends[-1:].tolist()[0] if ends.numel() else 0
+    indices = torch.empty(selected, dtype=torch.int32, device=grad.device)
+    values = torch.empty(selected, device=grad.device)
+    _write(grad, residual, estimate, factor, gain, threshold, counts, ends, indices, values)
+    return indices, values
+
+
+def _add(
+    grad: Tensor, residual: Tensor | None, estimate: Tensor | None, factor: float, gain: float, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """First pass: selected entries of each block, and their running sum."""
+    counts = torch.empty(triton.cdiv(grad.numel(), _BLOCK), dtype=torch.int64, device=grad.device)
+    if counts.numel():
+        _add_and_count[(counts.numel(),)](
+            grad,
+            grad if residual is None else residual,
+            grad if estimate is None else estimate,
+            counts,
+            factor,
+            gain,
+            threshold,
+            grad.numel(),
+            residual is not None,
+            estimate is not None,
+            _BLOCK,
+            enable_fp_fusion=False,
+        )
+    return counts, counts.cumsum(0)
+
+
+def _write(
+    grad: Tensor,
+    residual: Tensor | None,
+    estimate: Tensor | None,
+    factor: float,
+    gain: float,
+    threshold: float,
+    counts: Tensor,
+    ends: Tensor,
+    indices: Tensor,
+    values: Tensor,
+) -> None:
+    """Second pass, which fills the two last arguments."""
+    if counts.numel() and indices.numel():
+        _pack[(counts.numel(),)](
+            grad,
+            grad if residual is None else residual,
+            grad if estimate is None else estimate,
+            counts,
+            ends,
+            indices,
+            values,
+            factor,
+            gain,
+            threshold,
+            grad.numel(),
+            indices.numel(),
+            residual is not None,
+            estimate is not None,
+            _BLOCK,
+            enable_fp_fusion=False,
+        )
