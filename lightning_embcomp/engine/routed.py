@@ -142,7 +142,7 @@ class RoutedEmbeddings(nn.Module):
         layout = pooled_layout(self.features, (offsets.numel() - 1) // features)
         if self.values is None:
             return self._lookup(indices, offsets, per_sample_weights, layout)
-        check_extent(indices, offsets, per_sample_weights)
+        offsets = check_extent(indices, offsets, per_sample_weights)
         ids_per_feature = offsets[layout.bag_start].diff().tolist()
         rows = self._lookup_values(indices, ids_per_feature, bags=layout.shape[0])
         return pool_rows(rows, offsets, per_sample_weights, layout)
@@ -178,7 +178,7 @@ class RoutedEmbeddings(nn.Module):
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
-        check_extent(indices, offsets, weights)
+        offsets = check_extent(indices, offsets, weights)
         self.check_intact()
         training = torch.is_grad_enabled()
         observer = self.utility if training and self.training else None

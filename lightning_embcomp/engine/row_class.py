@@ -19,11 +19,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from lightning_embcomp.compat import table_over
-from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.kernels.update import UpdateRule
 
 WEIGHT = "weight"
 FBGEMM_EPS = 1e-8  # FBGEMM's default
+_DIRECT_OPTIONS = {"learning_rate", "eps"}
 _COUNTER_STATE = ("prev_iter", "row_counter")  # state that FBGEMM takes no preallocated buffers for
 
 
@@ -130,10 +131,9 @@ class FusedRows:
         self.adopt(self.rows, carried(self._storages, device))
 
     def direct_rule(self) -> UpdateRule | None:
-        """The optimizer as the CPU kernels know it; None where only FBGEMM can run it."""
-        known = {"learning_rate", "eps"}
+        """The optimizer as our kernels know it; None where only FBGEMM can run it."""
         kind = self.optimizer.kind
-        if self.device.type != "cpu" or set(self.optimizer.options) - known:
+        if self.device.type not in ("cpu", "cuda") or set(self.optimizer.options) - _DIRECT_OPTIONS:
             return None
         if kind == "counter_sgd":
             return None
@@ -142,6 +142,12 @@ class FusedRows:
 
     def _build_table(self) -> SplitTableBatchedEmbeddingBagsCodegen:
         """Build the FBGEMM table over the tensors of the class."""
+        if self.device.type != "cpu":
+            extra = ", ".join(sorted(set(self.optimizer.options) - _DIRECT_OPTIONS)) or "trained per-sample weights"
+            raise UnsupportedOptimizerError(
+                f"fused {self.optimizer.kind} with {extra} runs on CPU only so far, not on {self.device}: leave that"
+                " out, or return the optimizer of the tables from configure_optimizers"
+            )
         options = {**self.optimizer.options, "learning_rate": self.learning_rate * self.rate_scale}
         table = table_over(
             SplitTableBatchedEmbeddingBagsCodegen,

@@ -123,10 +123,10 @@ class RowUtility:
         ends = layout.bag_start
         self.gain *= _GAIN_MEMORY
         for column, values in enumerate((per_bag, lengths)):
-            self.gain[:, column].index_add_(0, layout.table, _bag_sums(values, ends))
+            self.gain.select(1, column).index_add_(0, layout.table, _bag_sums(values, ends))
 
 
 def _bag_sums(values: Tensor, ends: Tensor) -> Tensor:
     """Sums of the values between consecutive boundaries."""
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    return sums[ends.long()].diff()
+    return sums.index_select(0, ends.long()).diff()

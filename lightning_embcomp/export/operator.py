@@ -57,7 +57,7 @@ def pool_served_op(
     Returns:
         float32 ``(B, ΣD)``.
     """
-    check_extent(indices, offsets, weights)
+    offsets = check_extent(indices, offsets, weights)
     shapes = FeatureShapes(tuple(tables), tuple(dims), tuple(map(bool, mean)), indices.device)
     layout = pooled_layout(shapes, (offsets.numel() - 1) // len(dims))
     # Constants of a graph lie elsewhere in every process.

@@ -231,7 +231,7 @@ class ServedTables(nn.Module):
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
-        check_extent(indices, offsets, weights)
+        offsets = check_extent(indices, offsets, weights)
         try:
             floats = None if weights is None else weights.float()
             return pool_served(indices, offsets, floats, layout, self.router, self.classes)
@@ -313,5 +313,7 @@ def _moved(record: Any, device: torch.device) -> Any:  # noqa: ANN401 - one of t
         else:
             changes[item.name] = _moved(value, device)
     if "address" in changes:
-        changes["address"] = torch.tensor([rows.data_ptr() for rows in changes["rows"]], device=device)
+        changes["address"] = torch.tensor(
+            [rows.data_ptr() for rows in changes["rows"]], dtype=torch.int64, device=device
+        )
     return replace(record, **changes)

@@ -1,6 +1,7 @@
 """Bad ids of a GPU are reported when their answer has arrived, in order; the GPU is a stand-in."""
 
 from collections import deque
+from functools import partial
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def arrivals(monkeypatch: pytest.MonkeyPatch) -> list[Arrival]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     events = [Arrival() for _ in range(3)]
     batches = [findings(watch.NEVER, 0), findings(5, 21), findings(1, -3)]
-    on_their_way = deque((found, found.first, event) for found, event in zip(batches, events, strict=True))
+    on_their_way = deque(
+        (partial(watch._raise_for, found), found.first, event) for found, event in zip(batches, events, strict=True)
+    )
     monkeypatch.setitem(watch._waiting, GPU, on_their_way)  # type: ignore[arg-type]
     return events
 

@@ -8,7 +8,9 @@ store nothing.
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ class Findings:
         )
 
 
-_waiting: defaultdict[torch.device, deque[tuple[Findings, Tensor, torch.cuda.Event]]] = defaultdict(deque)
+_waiting: defaultdict[torch.device, deque[tuple[Callable[[int], None], Tensor, torch.cuda.Event]]] = defaultdict(deque)
 
 
 def report(findings: Findings) -> None:
@@ -60,18 +62,28 @@ def report(findings: Findings) -> None:
     Raises:
         IdOutOfRangeError: If an id is negative or not below the rows of its table.
     """
-    device = findings.first.device
+    report_later(findings.first, partial(_raise_for, findings))
+
+
+def report_later(found: Tensor, raise_for: Callable[[int], None]) -> None:
+    """Hand a number to a function that may raise; for a GPU once the number is there, in a later call.
+
+    Args:
+        found: int64 ``(1,)``.
+        raise_for: Called with the number.
+    """
+    device = found.device
     if device.type != "cuda":
-        _raise_for(findings, findings.first.tolist()[0])
+        raise_for(found.tolist()[0])
         return
     check(device)
     if torch.cuda.is_current_stream_capturing():
         return
     answer = torch.empty(1, dtype=torch.int64, pin_memory=True)
-    answer.copy_(findings.first, non_blocking=True)
+    answer.copy_(found, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
-    _waiting[device].append((findings, answer, event))
+    _waiting[device].append((raise_for, answer, event))
 
 
 def check(device: torch.device, *, wait: bool = False) -> None:
@@ -82,17 +94,17 @@ def check(device: torch.device, *, wait: bool = False) -> None:
         wait: Whether to wait for lookups that are still running.
 
     Raises:
-        IdOutOfRangeError: If there was one.
+        IdOutOfRangeError: If there was one; errors of :func:`report_later` as well.
     """
     waiting = _waiting[device if device.index is not None else torch.device(device.type, torch.cuda.current_device())]
     while waiting and not torch.cuda.is_current_stream_capturing():
-        findings, answer, event = waiting[0]
+        raise_for, answer, event = waiting[0]
         if wait:
             event.synchronize()
         elif not event.query():
             return
         waiting.popleft()
-        _raise_for(findings, int(answer[0]))
+        raise_for(int(answer[0]))
 
 
 def _raise_for(findings: Findings, position: int) -> None:

@@ -1,0 +1,106 @@
+"""An engine on a GPU, rehearsed without one: tensors without data, and kernels that are not launched.
+
+Tensors of PyTorch's fake mode refuse to meet tensors of another device, and to tell the host a value: a training step
+that passes here mixes no devices and waits for nothing.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_embcomp.engine import extent
+from lightning_embcomp.engine.attached import TableState
+from lightning_embcomp.engine.bag_layout import pooled_layout
+from lightning_embcomp.engine.extent import check_extent
+from lightning_embcomp.engine.lookups import Call, DirectLookup
+from lightning_embcomp.engine.optimizer import FusedKind, UnsupportedOptimizerError
+from lightning_embcomp.engine.statistics import RowUtility
+from lightning_embcomp.kernels.route import watch
+
+from .engines import KINDS, TABLES, batch, make_engine, random_codes
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def far_away(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """The mode in which there seems to be a GPU."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    import lightning_embcomp.kernels.triton as shared
+
+    def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, None, None]:
+        return torch.empty(len(values), dtype=dtype, device=device), None, None
+
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: None)
+    monkeypatch.setattr(shared, "_constant", constant)
+    monkeypatch.setattr(watch, "report_later", lambda found, raise_for: None)
+    monkeypatch.setattr(extent, "report_later", lambda found, raise_for: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_stays_on_its_device_and_does_not_wait(
+    kind: FusedKind, dtype: torch.dtype, weighted: bool, far_away: FakeTensorMode
+) -> None:
+    from lightning_embcomp.kernels.triton import widths_and_runs
+
+    engine = make_engine(kind, random_codes(1), dtype=dtype)
+    engine.track_utility(RowUtility(TABLES, device=torch.device("cpu")))
+    given = batch(0, weighted=weighted)
+    widths_and_runs(engine.columns)  # read once per engine, outside of training steps
+    known = engine.columns.__dict__["_widths_and_runs"]
+    with far_away:
+        engine.to(GPU)
+        engine.columns.__dict__["_widths_and_runs"] = known
+        ids, offsets, weights = (None if t is None else t.to(GPU) for t in given)
+        assert ids is not None and offsets is not None
+        layout = pooled_layout(engine.features, 8)
+        call = Call(engine, layout, ids, check_extent(ids, offsets, weights), weights, engine.utility, engine.moves)
+        rules = engine._direct_rules(weights)
+        assert rules is not None
+        # By hand: autograd asks for the streams of a GPU.
+        context = SimpleNamespace()
+        pooled = DirectLookup.forward(context, call, rules, torch.zeros(()))
+        assert pooled.device == GPU and pooled.shape == (8, engine.output_dim)
+        DirectLookup.backward(context, torch.ones_like(pooled))
+    held: list[Any] = [*engine.split_embedding_weights(), engine.router.tensors.words, engine.columns.width]
+    assert engine.utility is not None
+    held += [state["momentum1"] for state in engine.get_optimizer_state() if state]
+    held += [engine.utility.values, engine.utility.gain]
+    assert {tensor.device for tensor in held} == {GPU}
+
+
+def test_what_cannot_leave_its_device_says_so(far_away: FakeTensorMode) -> None:
+    engine = make_engine("sgd")
+    engine.attach("counter", TableState())
+    with far_away, pytest.raises(RuntimeError, match="counter of table 'a' works on cpu only so far, not on cuda:0"):
+        engine.to(GPU)
+    assert all(weights.device.type == "cpu" for weights in engine.split_embedding_weights())
+
+
+def test_rows_are_not_lost_on_the_meta_device() -> None:
+    with pytest.raises(RuntimeError, match="their rows would be lost"):
+        make_engine("sgd").to("meta")
+
+
+def test_dtypes_of_the_module_are_not_those_of_the_rows() -> None:
+    engine = make_engine("sgd")
+    engine.half()
+    assert {weights.dtype for weights in engine.split_embedding_weights()} == {torch.float32}
+
+
+def test_options_of_fbgemm_alone_are_refused_on_a_gpu() -> None:
+    engine = make_engine("sgd", weight_decay=0.1)
+    for rows in engine.classes:
+        rows.device = GPU  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedOptimizerError, match="fused sgd with weight_decay runs on CPU only so far"):
+        engine(*batch(0))
