@@ -4,6 +4,12 @@ Tensors of PyTorch's fake mode refuse to meet tensors of another device, and to 
 that passes here mixes no devices and waits for nothing.
 """
 
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +83,28 @@ def test_a_training_step_stays_on_its_device_and_does_not_wait(
     held += [state["momentum1"] for state in engine.get_optimizer_state() if state]
     held += [engine.utility.values, engine.utility.gain]
     assert {tensor.device for tensor in held} == {GPU}
+
+
+def test_training_through_the_kernels_of_a_gpu_equals_that_of_the_cpu() -> None:
+    """By Triton's interpreter, in a process of its own: Triton reads its setting when it is imported."""
+    pytest.importorskip("triton")
+    if version("triton") < "3.7" and version("numpy") >= "2.4":
+        pytest.skip("the interpreter of Triton 3.6 and older fails with NumPy 2.4")
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.engine.interpreted"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    differences = json.loads(done.stdout)
+    assert len(differences) == 3
+    for name, (rows, utilities) in differences.items():
+        assert rows < 1e-5, name
+        assert utilities < 0.05, name  # a few units in the last place of bfloat16
 
 
 def test_what_cannot_leave_its_device_says_so(far_away: FakeTensorMode) -> None:
