@@ -1,11 +1,12 @@
 """Gradient thresholding on two processes: quality against bytes on real click logs, and the cost of selection.
 
-Every run trains DLRM with sharded tables, is stopped by validation NE and tested once, at its best validation. ``run``
-starts both processes; a run that exists is not repeated::
+Every run trains DLRM with sharded tables and is tested once, at its best validation. ``run`` starts both processes; a
+run that exists is not repeated::
 
     python -m benchmarks.dct run --dataset criteo_80k --feedback dense --shards iid --seed 0
     python -m benchmarks.dct run --dataset criteo_80k --feedback ec --density 0.01 --shards iid --seed 0
-    python -m benchmarks.dct grid --dataset criteo_80k --seed 0 1 2    # all cells, one after the other
+    python -m benchmarks.dct grid --dataset criteo_80k --seed 0        # all cells, in one pair of processes
+    python -m benchmarks.dct grid --dataset criteo_80k --seed 0 1 2 --density 0.01
     python -m benchmarks.dct summary     # writes benchmarks/results/dct.json
     python -m benchmarks.dct overhead    # writes benchmarks/results/dct-overhead.json
 """
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.datasets import CACHE, DATASETS, REPOSITORY
@@ -49,10 +51,19 @@ from lightning_embcomp.strategies import TorchRecStrategy
 RESULTS = REPOSITORY / "benchmarks" / "results"
 RUNS = CACHE / "dct-runs"
 WORLD = 2
+SETTLING = 30
+"""Rounds before costs are measured."""
 WARMUP = GradientThresholding().warmup_steps
+SHARDS = ("iid", "unlike")
 DENSITIES = (0.25, 0.1, 0.05, 0.01, 0.001)
 SHARD_KEYS = {"criteo_80k": None, "movielens_1m": "user"}
 """What unlike shards are split by: None for the time, else a feature."""
+BATCH = {"criteo_80k": 64, "movielens_1m": 2048}
+"""Rows of both processes: 813 and 391 steps in an epoch."""
+EPOCHS = {"criteo_80k": 1, "movielens_1m": 2}
+"""After which dense runs are at their best; later their tables overfit."""
+DENSE_LR = {"adagrad": 0.01, "adam": 1e-3}
+"""By optimizer of the dense layers; chosen by test AUC of dense and of 1 % runs in simulation."""
 
 
 class RowsOf:
@@ -162,8 +173,12 @@ def predict_mine(model: pl.LightningModule, data: Any) -> list[tuple[np.ndarray,
 def variant(args: argparse.Namespace) -> str:
     """Name of a run without its seed."""
     if args.feedback == "dense":
-        return f"dense-{args.shards}"
+        return dense_name(args.shards, args.optimizer)
     parts = [args.feedback, f"{100 * args.density:g}%", args.shards]
+    if args.optimizer != "adagrad":
+        parts.append(args.optimizer)
+    if args.momentum is not None:
+        parts.append(f"momentum{args.momentum:g}")
     if args.value_dtype != "fp32":
         parts.append(args.value_dtype)
     if args.life_span != ThresholdSettings().life_span:
@@ -173,25 +188,45 @@ def variant(args: argparse.Namespace) -> str:
     return "-".join(parts)
 
 
+def dense_name(shards: str, optimizer: str) -> str:
+    """Name of the dense runs that a run is compared with."""
+    return f"dense-{shards}" + ("" if optimizer == "adagrad" else f"-{optimizer}")
+
+
 def output(args: argparse.Namespace) -> Path:
     """Where a run is kept, without a suffix."""
     return RUNS / args.dataset / f"{variant(args)}-s{args.seed}"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Start both processes."""
-    if Path(f"{output(args)}.json").exists() and not args.force:
-        print("have", output(args))
+    """Train once."""
+    start([args])
+
+
+def grid(args: argparse.Namespace) -> None:
+    """All cells of a data set; dense first, then by the densities as given."""
+    cells = [("dense", 1.0)] + [(kind, density) for density in args.densities for kind in FEEDBACK_KINDS]
+    settings = [
+        {"feedback": feedback, "density": density, "shards": shards, "seed": seed}
+        for feedback, density in cells
+        for shards in args.shards
+        for seed in args.seeds
+        if feedback in ("dense", *args.kinds)
+    ]
+    start([argparse.Namespace(**{**vars(args), **cell}) for cell in settings])
+
+
+def start(cells: list[argparse.Namespace]) -> None:
+    """Train what has not been trained, one after the other, in one pair of processes."""
+    pending = [cell for cell in cells if cell.force or not Path(f"{output(cell)}.json").exists()]
+    print(f"{len(cells) - len(pending)} of {len(cells)} runs exist", flush=True)
+    if not pending:
         return
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    options = {"dataset": args.dataset, "feedback": args.feedback, "density": args.density, "shards": args.shards}
-    options |= {"seed": args.seed, "value-dtype": args.value_dtype, "life-span": args.life_span}
-    options |= {"warmup": args.warmup, "epochs": args.epochs, "patience": args.patience, "check": args.check}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.dct", "worker"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
+    plain = [{name: value for name, value in vars(cell).items() if name != "action"} for cell in pending]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.dct", "worker", json.dumps(plain)]
     common = {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     workers = [
@@ -204,32 +239,43 @@ def run(args: argparse.Namespace) -> None:
         for process in workers:
             process.kill()
     if failed:
-        raise SystemExit(f"rank {failed[0]} of {variant(args)} has failed")
+        raise SystemExit(f"rank {failed[0]} has failed")
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Train as one of the processes; the first one writes the result."""
+    """Train as one of the processes."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    for cell in json.loads(args.cells):
+        train(argparse.Namespace(**cell))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # an interpreter that has run collectives aborts at exit now and then
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train once on both processes; the first one writes the result."""
     pl.seed_everything(args.seed, verbose=False)
     data: Any = DATASETS[args.dataset](args.seed)
-    data.batch_size //= WORLD  # the global batch is that of the other benchmarks
+    data.batch_size = BATCH[args.dataset] // WORLD
     if args.shards == "unlike":
         data = UnlikeShards(data, SHARD_KEYS[args.dataset])
-    model = ClickModel(embedding_dim=DIM, over_layers=(256, 128), **MODEL[args.dataset])
-    best = BestSharded(args.patience)
+    settings = MODEL[args.dataset] | {"dense_optimizer": args.optimizer, "dense_lr": DENSE_LR[args.optimizer]}
+    model = ClickModel(embedding_dim=DIM, over_layers=(256, 128), **settings)
+    best = BestSharded(patience=99)
     thresholding = None
     if args.feedback != "dense":
         thresholding = GradientThresholding(
             args.density,
-            feedback=ErrorFeedback(kind=args.feedback),
+            feedback=ErrorFeedback(kind=args.feedback, momentum=args.momentum),
             thresholds=ThresholdSettings(life_span=args.life_span),
             value_dtype=args.value_dtype,
             warmup_steps=args.warmup,
             log_every_n_steps=0,
         )
     trainer = pl.Trainer(
-        max_epochs=args.epochs,
+        max_epochs=EPOCHS[args.dataset],
         accelerator="cpu",
         devices=WORLD,
         strategy=TorchRecStrategy(sharding={"*": "table_wise"}, timeout=timedelta(minutes=5)),
@@ -238,17 +284,13 @@ def worker(args: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        val_check_interval=args.check,
+        val_check_interval=0.5,
         callbacks=[best] if thresholding is None else [thresholding, best],
     )
     started = time.perf_counter()
     trainer.fit(model, data)
     if trainer.global_rank == 0:
         write(args, best, thresholding, time.perf_counter() - started)
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # an interpreter that has run collectives aborts at exit now and then
 
 
 def write(
@@ -256,22 +298,33 @@ def write(
 ) -> None:
     """Write the result and the test predictions."""
     traffic = None if thresholding is None else thresholding.total
-    last = None if thresholding is None or thresholding.exchange is None else thresholding.exchange.last
+    steps, later = 0, 1.0
+    if traffic is not None and thresholding is not None and thresholding.exchange is not None:
+        steps = thresholding.exchange.steps
+        first = traffic.dense / steps * args.warmup
+        later = (traffic.dense - first) / (traffic.sent - first)
     result = {
         "dataset": args.dataset,
         "name": variant(args),
         "feedback": args.feedback,
         "shards": args.shards,
+        "optimizer": args.optimizer,
         "density": 1.0 if args.feedback == "dense" else args.density,
         "seed": args.seed,
-        "settings": {"life_span": args.life_span, "value_dtype": args.value_dtype, "warmup_steps": args.warmup},
+        "settings": {
+            "life_span": args.life_span,
+            "momentum": args.momentum,
+            "value_dtype": args.value_dtype,
+            "warmup_steps": args.warmup,
+        },
         "test_auc": float(roc_auc_score(best.labels, best.predictions)),
         "test_ne": normalized_entropy(best.labels, best.predictions),
         "val_ne": best.history[best.best]["val_ne"],
         "best_check": best.best,
         "history": best.history,
         "fewer_bytes": 1.0 if traffic is None else traffic.dense / traffic.sent,
-        "fewer_bytes_after_warmup": 1.0 if last is None else last.dense / last.sent,
+        "fewer_bytes_after_warmup": later,
+        "exchanges": steps,
         "sent_density": 1.0 if traffic is None else traffic.entries / traffic.numel,
         "seconds_per_step": float(np.median(best.seconds)),
         "seconds": seconds,
@@ -289,18 +342,8 @@ def write(
     )
 
 
-def grid(args: argparse.Namespace) -> None:
-    """All cells of a data set."""
-    cells = [("dense", 1.0)] + [(kind, density) for kind in FEEDBACK_KINDS for density in DENSITIES]
-    for seed in args.seeds:
-        for shards in ("iid", "unlike"):
-            for feedback, density in cells:
-                settings = {"feedback": feedback, "density": density, "shards": shards, "seed": seed}
-                run(argparse.Namespace(**{**vars(args), **settings}))
-
-
 def summary(args: argparse.Namespace) -> None:
-    """Compare with dense runs on the same shards and seeds, on the same test rows; write JSON and a table."""
+    """Compare with dense runs on the same shards and seeds, on the same test rows; write JSON, print a table."""
     table: dict[str, list[dict[str, Any]]] = {}
     for dataset in SHARD_KEYS:
         runs: dict[str, dict[int, dict[str, Any]]] = {}
@@ -309,22 +352,37 @@ def summary(args: argparse.Namespace) -> None:
             runs.setdefault(found["name"], {})[found["seed"]] = found
         rows = [row for by_seed in runs.values() if (row := _row(by_seed, runs)) is not None]
         if rows:
-            table[dataset] = sorted(rows, key=lambda row: (row["shards"], row["feedback"], -row["density"]))
+            order = itemgetter("optimizer", "shards")
+            kinds = ("dense", *FEEDBACK_KINDS)
+            table[dataset] = sorted(
+                rows, key=lambda row: (*order(row), kinds.index(row["feedback"]), -row["density"], row["name"])
+            )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "dct.json").write_text(json.dumps({"machine": describe(), "results": table}, indent=1) + "\n")
+    print("| data | shards | run | AUC | ΔAUC [95 %] | ΔNE | bytes |\n|---|---|---|---|---|---|---|")
     for dataset, rows in table.items():
-        heads = f"{'run':32} {'seeds':>5} {'AUC':>6} {'ΔAUC [95 %]':>26} {'ΔNE':>7}"
-        print(f"\n{dataset}\n{heads} {'fewer bytes':>11} {'after warm-up':>13}")
         for row in rows:
-            low, high = row["interval"]["auc"]
-            figures = f"{row['auc']:.4f} {row['delta_auc']:+.4f} [{low:+.4f}, {high:+.4f}] {row['delta_ne']:+.4f}"
-            saved = f"{row['fewer_bytes']:11.1f} {row['fewer_bytes_after_warmup']:13.1f}"
-            print(f"{row['name']:32} {len(row['seeds']):5} {figures} {saved}")
+            print(_line(dataset, row))
+
+
+def _line(dataset: str, row: dict[str, Any]) -> str:
+    """A run in Markdown."""
+    name = "dense" if row["feedback"] == "dense" else f"`{row['feedback']}` {100 * row['density']:g} %"
+    momentum = row["settings"].get("momentum")
+    name += "" if momentum is None else f", momentum {momentum:g}"
+    name += "" if row["optimizer"] == "adagrad" else ", Adam"
+    name += f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
+    line = f"| {dataset} | {row['shards']} | {name} | {row['auc']:.4f} |"
+    if row["feedback"] == "dense":
+        return f"{line}  |  |  |"
+    low, high = row["interval"]["auc"]
+    fewer = f"{row['fewer_bytes_after_warmup']:.{1 if row['fewer_bytes_after_warmup'] < 10 else 0}f}×"
+    return f"{line} {row['delta_auc']:+.4f} [{low:+.4f}, {high:+.4f}] | {row['delta_ne']:+.4f} | {fewer} |"
 
 
 def _row(mine: dict[int, dict[str, Any]], runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any] | None:
     first = next(iter(mine.values()))
-    base = runs.get(f"dense-{first['shards']}", {})
+    base = runs.get(dense_name(first["shards"], first["optimizer"]), {})
     seeds = sorted(set(mine) & set(base))
     if not seeds:
         return None
@@ -334,7 +392,7 @@ def _row(mine: dict[int, dict[str, Any]], runs: dict[str, dict[int, dict[str, An
 
     labels = loaded(mine[seeds[0]])["labels"]
     scores, reference = ([loaded(found[seed])["scores"].astype(np.float64) for seed in seeds] for found in (mine, base))
-    kept = {name: first[name] for name in ("name", "feedback", "shards", "density", "settings")}
+    kept = {name: first[name] for name in ("name", "feedback", "shards", "optimizer", "density", "settings")}
     means = {
         name: float(np.mean([mine[s][name] for s in seeds]))
         for name in ("fewer_bytes", "fewer_bytes_after_warmup", "sent_density", "test_ne")
@@ -352,7 +410,11 @@ def _row(mine: dict[int, dict[str, Any]], runs: dict[str, dict[int, dict[str, An
 
 
 def overhead(args: argparse.Namespace) -> None:
-    """Selection and packing against the backward pass of an MLP of 10 M parameters, on one thread, in turn."""
+    """Selection and packing against the backward pass of an MLP of 10 M parameters, on one thread, in turn.
+
+    Beside it, what memory allows: adding gradients to buffers of their size reads and writes as much as adding them to
+    residuals, 12 bytes per entry.
+    """
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     store = dist.HashStore()
@@ -373,9 +435,12 @@ def overhead(args: argparse.Namespace) -> None:
         )
         model.register_comm_hook(exchange, gradient_thresholding_hook)
         optimizers = [torch.optim.SGD(module.parameters(), lr=0.01) for module in (plain, model)]
+        sums = [torch.zeros_like(parameter) for parameter in plain.parameters()]
         for batch in args.batch:
-            times = np.array([round_of((plain, model), optimizers, exchange, batch) for _ in range(args.rounds + 5)])
-            backward, selection = np.median(times[5:], axis=0)
+            # The first rounds are left out: thresholds and estimates have to settle.
+            count = args.rounds + SETTLING
+            rounds = [round_of((plain, model), optimizers, exchange, sums, batch) for _ in range(count)]
+            backward, selection, addition = np.median(np.array(rounds)[SETTLING:], axis=0)
             results.append(
                 {
                     "feedback": kind,
@@ -383,6 +448,7 @@ def overhead(args: argparse.Namespace) -> None:
                     "parameters": sum(parameter.numel() for parameter in parameters.values()),
                     "backward_ms": 1e3 * backward,
                     "selection_ms": 1e3 * selection,
+                    "addition_ms": 1e3 * addition,
                     "ratio": selection / backward,
                     "sent_density": exchange.last.entries / exchange.last.numel,
                 }
@@ -407,9 +473,10 @@ def round_of(
     models: tuple[nn.Module, nn.Module],
     optimizers: Sequence[torch.optim.Optimizer],
     exchange: GradientExchange,
+    sums: Sequence[Tensor],
     batch: int,
-) -> tuple[float, float]:
-    """Seconds of a plain backward pass, and of the selection in one with the hook."""
+) -> tuple[float, float, float]:
+    """Seconds of a plain backward pass, of the selection in one with the hook, and of adding up the gradients."""
     x = torch.randn(batch, 1600)
     seconds = 0.0
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -420,32 +487,40 @@ def round_of(
         seconds = seconds or time.perf_counter() - started
         optimizer.step()
     exchange.count()
-    return seconds, exchange.last.selection_seconds
+    started = time.perf_counter()
+    for total, parameter in zip(sums, models[0].parameters(), strict=True):
+        assert parameter.grad is not None
+        total.add_(parameter.grad)
+    return seconds, exchange.last.selection_seconds, time.perf_counter() - started
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    helps = {"run": "train once", "worker": "one process of a run", "grid": "train every cell of a data set"}
-    for name, action in (("run", run), ("worker", worker), ("grid", grid)):
-        one = commands.add_parser(name, help=helps[name])
+    for name, action, text in (("run", run, "train once"), ("grid", grid, "train every cell of a data set")):
+        one = commands.add_parser(name, help=text)
         one.add_argument("--dataset", choices=sorted(SHARD_KEYS), required=True)
         if name == "grid":
             one.add_argument("--seed", dest="seeds", type=int, nargs="+", default=[0])
+            one.add_argument("--density", dest="densities", type=float, nargs="+", default=DENSITIES)
+            one.add_argument("--feedback", dest="kinds", choices=FEEDBACK_KINDS, nargs="+", default=FEEDBACK_KINDS)
+            one.add_argument("--shards", choices=SHARDS, nargs="+", default=SHARDS)
         else:
             one.add_argument("--feedback", choices=["dense", *FEEDBACK_KINDS], required=True)
             one.add_argument("--density", type=float, default=0.01)
-            one.add_argument("--shards", choices=["iid", "unlike"], default="iid", help="unlike: by time or user")
+            one.add_argument("--shards", choices=SHARDS, default="iid", help="unlike: by time or user")
             one.add_argument("--seed", type=int, default=0)
+        one.add_argument("--optimizer", choices=sorted(DENSE_LR), default="adagrad", help="of the dense layers")
+        one.add_argument("--momentum", type=float, help="of ef21 and econtrol; by default their own")
         one.add_argument("--value-dtype", choices=VALUE_TYPES, default="fp32")
         one.add_argument("--life-span", type=int, default=ThresholdSettings().life_span)
         one.add_argument("--warmup", type=int, default=WARMUP, help="dense steps")
-        one.add_argument("--epochs", type=int, default=8)
-        one.add_argument("--patience", type=int, default=2)
-        one.add_argument("--check", type=float, default=0.5, help="epochs between validations")
         one.add_argument("--force", action="store_true")
         one.set_defaults(action=action)
+    inner = commands.add_parser("worker", help="one process of these")
+    inner.add_argument("cells", help="runs as JSON")
+    inner.set_defaults(action=worker)
     commands.add_parser("summary", help="compare, write results/dct.json").set_defaults(action=summary)
     cost = commands.add_parser("overhead", help="cost of selection, writes results/dct-overhead.json")
     cost.add_argument("--density", type=float, default=0.01)

@@ -1,4 +1,4 @@
-"""Selection by a threshold on CPU: one pass in pieces that stay in the cache, skipping words without a mark."""
+"""Selection by a threshold on CPU: one pass, sixteen entries at a time, that reads and writes each of them once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.compile import threaded, threads_for
+from lightning_embcomp.kernels.threshold.lanes import LANES, add_and_mark, lowest
 
-_PIECE = 2048
-"""Values whose message and marks fit into the first cache; a multiple of the eight marks of a word."""
 _VALUES_PER_THREAD = 1 << 18
 
 
@@ -24,53 +23,46 @@ def _select(
     factor: Any,
     gain: Any,
     threshold: Any,
-    has_residual: Any,
-    has_estimate: Any,
     indices: Any,
     values: Any,
     chunks: Any,
     counts: Any,
 ) -> None:
-    """Chunk c writes what it selects from ``chunks[c]`` on, and how much that is to ``counts[c]``."""
+    """Chunk c writes what it selects from ``chunks[c]`` on, and how much that is to ``counts[c]``.
+
+    Residual and estimate are arrays or None; the kernel is compiled for each of the four kinds of message.
+    """
     rest = np.float32(1.0) - gain
     for chunk in numba.prange(chunks.shape[0] - 1):
-        message = np.empty(_PIECE, np.float32)
-        mark = np.empty(_PIECE, np.uint8)
-        marks = mark.view(np.uint64)
         written = chunks[chunk]
-        for start in range(chunks[chunk], chunks[chunk + 1], _PIECE):
-            end = min(start + _PIECE, chunks[chunk + 1])
-            # Loops over slices from 0 on are what the compiler turns into vector instructions.
-            g = grad[start:end]
-            if has_residual and has_estimate:
-                e, h = residual[start:end], estimate[start:end]
-                for i in range(end - start):
-                    change = g[i] * factor - h[i]
-                    e[i] += change
-                    message[i] = gain * e[i] + rest * change
-            elif has_residual:
-                e = residual[start:end]
-                for i in range(end - start):
-                    e[i] += g[i] * factor
-                    message[i] = e[i]
-            elif has_estimate:
-                h = estimate[start:end]
-                for i in range(end - start):
-                    message[i] = g[i] * factor - h[i]
-            else:
-                for i in range(end - start):
-                    message[i] = g[i] * factor
-            for i in range(end - start):
-                mark[i] = np.uint8(0) if abs(message[i]) < threshold else np.uint8(1)
-            for i in range(end - start, (end - start + 7) // 8 * 8):
-                mark[i] = np.uint8(0)
-            for word in range((end - start + 7) // 8):
-                if marks[word] != 0:
-                    # Every value is written, and overwritten by the next unless it was marked.
-                    for i in range(word * 8, min(word * 8 + 8, end - start)):
-                        indices[written] = start + i
-                        values[written] = message[i]
-                        written += mark[i]
+        end = chunks[chunk + 1]
+        whole = chunks[chunk] + (end - chunks[chunk]) // LANES * LANES
+        for start in range(chunks[chunk], whole, LANES):
+            marks = add_and_mark(grad, residual, estimate, start, factor, gain, rest, threshold)
+            while marks != 0:
+                i = start + lowest(marks)
+                marks &= marks - np.uint64(1)
+                change = grad[i] * factor
+                if estimate is not None:
+                    change -= estimate[i]
+                if residual is not None:
+                    values[written] = residual[i] if estimate is None else gain * residual[i] + rest * change
+                else:
+                    values[written] = change
+                indices[written] = i
+                written += 1
+        for i in range(whole, end):
+            change = grad[i] * factor
+            if estimate is not None:
+                change -= estimate[i]
+            message = change
+            if residual is not None:
+                residual[i] += change
+                message = residual[i] if estimate is None else gain * residual[i] + rest * change
+            if not abs(message) < threshold:
+                indices[written] = i
+                values[written] = message
+                written += 1
         counts[chunk] = written - chunks[chunk]
 
 
@@ -84,17 +76,14 @@ def select_large(
     threads = threads_for(n, _VALUES_PER_THREAD)
     chunks = np.linspace(0, n, threads + 1).astype(np.int64)
     counts = np.zeros(threads, np.int64)
-    nothing = np.empty(0, np.float32)
     _select(
         threads,
         grad.numpy(),
-        nothing if residual is None else residual.numpy(),
-        nothing if estimate is None else estimate.numpy(),
+        None if residual is None else residual.numpy(),
+        None if estimate is None else estimate.numpy(),
         np.float32(factor),
         np.float32(gain),
         np.float32(threshold),
-        residual is not None,
-        estimate is not None,
         indices.numpy(),
         values.numpy(),
         chunks,

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 FeedbackKind = Literal["ec", "ef21", "econtrol", "none"]
 ValueType = Literal["fp32", "fp16", "bf16"]
 FEEDBACK_KINDS: tuple[str, ...] = get_args(FeedbackKind)
+_WITH_ESTIMATE = ("ef21", "econtrol")
 VALUE_TYPES: tuple[str, ...] = get_args(ValueType)
 
 
@@ -18,17 +19,32 @@ class ErrorFeedback:
     Args:
         kind: ``ec`` adds them to the next gradient. ``ef21`` sends changes of the gradient instead, which the receivers
             add up. ``econtrol`` does both, for workers whose data differ. ``none`` drops them.
+        momentum: ``ef21`` and ``econtrol`` only: what takes the place of the gradient is a running mean in which each
+            step keeps this share of the old one [1]_. An entry of the estimate stays for about 1 / density steps, and
+            with it the noise of the batch that it was taken from; by default the mean is over as many, 1 - density. 0
+            takes the gradient itself.
         eta: ``econtrol`` only: share of the residual that is sent per step; a quarter of the density by default.
         allow_large_eta: Take an ``eta`` above the density, with which residuals can grow without end.
+
+    References:
+        .. [1] Momentum provably improves error feedback, https://arxiv.org/abs/2305.15155
     """
 
     kind: FeedbackKind = "ec"
+    momentum: float | None = None
     eta: float | None = None
     allow_large_eta: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in FEEDBACK_KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, FEEDBACK_KINDS))}, not {self.kind!r}")
+        if self.momentum is not None:
+            if self.kind not in _WITH_ESTIMATE:
+                raise ValueError(
+                    f"momentum has no effect with kind={self.kind!r}: leave it out, or use kind='ef21' or 'econtrol'"
+                )
+            if not 0 <= self.momentum < 1:
+                raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.eta is not None:
             if self.kind != "econtrol":
                 raise ValueError(f"eta has no effect with kind={self.kind!r}: leave it out, or use kind='econtrol'")
@@ -36,6 +52,23 @@ class ErrorFeedback:
                 raise ValueError(f"eta must be over 0 and at most 1, not {self.eta}")
         elif self.allow_large_eta:
             raise ValueError("allow_large_eta has no effect without eta")
+
+    def kept(self, density: float) -> float:
+        """Share that each step keeps of the running mean of gradients.
+
+        Args:
+            density: Share of the entries that is sent.
+
+        Returns:
+            ``momentum``, 0 for kinds without an estimate.
+
+        Example:
+            >>> ErrorFeedback(kind="ef21").kept(density=0.01), ErrorFeedback(kind="ec").kept(density=0.01)
+            (0.99, 0.0)
+        """
+        if self.kind not in _WITH_ESTIMATE:
+            return 0.0
+        return 1.0 - density if self.momentum is None else self.momentum
 
     def gain(self, density: float) -> float:
         """Share of the residual in a message.

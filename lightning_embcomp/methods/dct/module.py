@@ -13,8 +13,8 @@ from lightning_embcomp.kernels.threshold import SMALLEST, select_large
 from lightning_embcomp.methods.dct.config import ErrorFeedback, ThresholdSettings
 from lightning_embcomp.methods.dct.functional import largest, sampled_threshold, wanted_entries, whole_message
 
-_TENSORS = ("residual", "estimate", "mean")
-_NUMBERS = ("threshold", "age", "refreshes", "stale")
+_TENSORS = ("residual", "estimate", "mean", "average")
+_NUMBERS = ("threshold", "age", "refreshes", "stale", "seen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class ThresholdedParameter:
         residual: What was not sent, or None where the kind of feedback has none.
         estimate: What the receivers hold of this worker's gradient, or None.
         mean: Mean of the estimates of all workers, the same everywhere, or None.
+        average: Running mean of this worker's gradients, which takes their place, or None without momentum.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class ThresholdedParameter:
         self.residual = zeros("ec", "econtrol")
         self.estimate = zeros("ef21", "econtrol")
         self.mean = zeros("ef21", "econtrol")
+        self._weight = 1.0 - feedback.kept(density)
+        self.average = zeros("ef21", "econtrol") if self._weight < 1.0 else None
+        self.seen = 0
         self.threshold: float | None = None
         self.age = 0
         self.refreshes = 0
@@ -88,6 +92,7 @@ class ThresholdedParameter:
         Returns:
             What to send.
         """
+        grad, factor = self._averaged(grad, factor)
         if self.threshold is None or self.stale or self.age >= self.thresholds.life_span:
             self.threshold = sampled_threshold(
                 grad,
@@ -144,10 +149,14 @@ class ThresholdedParameter:
         Returns:
             What the receivers are to average and step along, float32 ``(numel,)``.
         """
-        if not added and self.residual is not None:
-            self.residual.add_(grad, alpha=factor)
-            if self.estimate is not None:
-                self.residual.sub_(self.estimate)
+        if added:
+            grad, factor = (grad, factor) if self.average is None else (self.average, 1.0)
+        else:
+            self._averaged(grad, factor)  # followed, not sent: these steps are those of plain training
+            if self.residual is not None:
+                self.residual.add_(grad, alpha=factor)
+                if self.estimate is not None:
+                    self.residual.sub_(self.estimate)
         return whole_message(grad, self.residual, self.estimate, factor=factor, gain=self.gain, weight=weight)
 
     def received(self, total: Tensor) -> None:
@@ -181,8 +190,18 @@ class ThresholdedParameter:
         if self.residual is not None:
             return float(self.residual.double().square().sum())
         if self.estimate is not None:
-            return float((grad.double() * factor - self.estimate).square().sum())
+            wanted = grad.double() * factor if self.average is None else self.average.double()
+            return float((wanted - self.estimate).square().sum())
         return max(0.0, float((grad.double() * factor).square().sum() - sent.double().square().sum()))
+
+    def _averaged(self, grad: Tensor, factor: float) -> tuple[Tensor, float]:
+        """Add a gradient to the running mean, and take that and its factor instead where there is one."""
+        if self.average is None:
+            return grad, factor
+        self.seen += 1
+        # The plain mean at first, so that it does not start from zero.
+        self.average.lerp_(grad if factor == 1.0 else grad * factor, max(self._weight, 1.0 / self.seen))
+        return self.average, 1.0
 
     def remember(self) -> None:
         """Keep the state, in case the optimizer skips the step."""

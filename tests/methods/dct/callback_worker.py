@@ -134,7 +134,7 @@ class Compare(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.callback.exchange is not None and self.callback.exchange.steps == 6
         for name, parameter in self.callback.exchange.state.items():
-            for key in ("residual", "estimate", "mean"):
+            for key in ("residual", "estimate", "mean", "average"):
                 states = [rank["parameters"][name].get(key) for rank in self.ranks]
                 mine = getattr(parameter, key)
                 assert (mine is None) == (states[0] is None)

@@ -105,13 +105,14 @@ def whole_density() -> None:
 def references() -> None:
     """50 steps on one parameter against NumPy, and the invariant of the residuals."""
     rank, world, numel, density = dist.get_rank(), dist.get_world_size(), 400, 0.1
-    for kind in ("ec", "ef21", "econtrol", "none"):
+    kinds = [("ec", None), ("none", None)] + [(kind, m) for kind in ("ef21", "econtrol") for m in (0.0, 0.8)]
+    for kind, momentum in kinds:
         eta = 0.05
-        feedback = ErrorFeedback(kind=kind, eta=eta if kind == "econtrol" else None)
+        feedback = ErrorFeedback(kind=kind, eta=eta if kind == "econtrol" else None, momentum=momentum)  # type: ignore[arg-type]
         module = nn.Linear(numel, 1, bias=False)
         nn.init.zeros_(module.weight)
         model, exchange = wrap(module, density=density, feedback=feedback, thresholds=EXACT)
-        numpy = NumpyFeedback(world, numel, kind, 40, eta)
+        numpy = NumpyFeedback(world, numel, kind, 40, eta, momentum or 0.0)
         generator = torch.Generator().manual_seed(3)
         total = np.zeros(numel)
         for step in range(50):
@@ -121,7 +122,7 @@ def references() -> None:
             model(everyone[rank : rank + 1]).sum().backward()
             wanted = numpy.step(everyone.double().numpy())
             found = module.weight.grad.double().numpy()[0]  # type: ignore[union-attr]
-            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-5, err_msg=f"{kind} step {step}")
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-5, err_msg=f"{kind} {momentum} step {step}")
             state = exchange.state["weight"]
             if kind == "ec":
                 # Of the mean gradient, what the workers have not stepped along is the mean of their residuals.
@@ -129,9 +130,9 @@ def references() -> None:
                 np.testing.assert_allclose(state.residual, numpy.e[rank], rtol=1e-4, atol=2e-5)
                 np.testing.assert_allclose(mean_over_workers(state.residual), total, rtol=1e-4, atol=1e-4)
             if kind == "econtrol":
-                # e_T is the sum of g_t - h_{t+1}.
+                # e_T is the sum of g_t - h_{t+1}, with the mean of gradients in place of g.
                 assert state.residual is not None and state.estimate is not None
-                total += everyone[rank].double().numpy() - state.estimate.double().numpy()
+                total += numpy.v[rank] - state.estimate.double().numpy()
                 np.testing.assert_allclose(state.residual.double().numpy(), total, rtol=1e-4, atol=1e-4)
             if kind in ("ef21", "econtrol"):
                 assert state.mean is not None
@@ -164,11 +165,11 @@ def value_types() -> None:
 def explosion() -> None:
     """More entries than allowed on one worker: all exchange that step densely, and nothing is left over."""
     module = nn.Linear(1000, 1, bias=False)
-    for kind in ("ec", "ef21", "econtrol", "none"):
+    for kind, momentum in (("ec", None), ("ef21", 0.0), ("econtrol", 0.0), ("none", None)):
         model, exchange = wrap(
             module,
             density=0.01,
-            feedback=ErrorFeedback(kind=kind),
+            feedback=ErrorFeedback(kind=kind, momentum=momentum),  # type: ignore[arg-type]
             thresholds=ThresholdSettings(max_overshoot=10.0),
         )
         state = exchange.state["weight"]

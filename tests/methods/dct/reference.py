@@ -22,16 +22,24 @@ class NumpyFeedback:
         kind: Kind of error feedback.
         count: Entries that each sends.
         eta: Of EControl.
+        momentum: Of EF21 and EControl: what is kept of the running mean of gradients, once that has as many.
     """
 
-    def __init__(self, workers: int, numel: int, kind: str, count: int, eta: float) -> None:
-        self.kind, self.count, self.eta = kind, count, eta
+    def __init__(self, workers: int, numel: int, kind: str, count: int, eta: float, momentum: float = 0.0) -> None:
+        self.kind, self.count, self.eta, self.momentum = kind, count, eta, momentum
+        self.seen = 0
+        self.v = np.zeros((workers, numel))
         self.e = np.zeros((workers, numel))
         self.h = np.zeros((workers, numel))
 
     def step(self, gradients: np.ndarray) -> np.ndarray:
         """Direction of a step from the gradients of all workers, ``(workers, numel)``."""
         sent = np.empty_like(gradients)
+        if self.kind in ("ef21", "econtrol"):
+            self.seen += 1
+            new = max(1.0 - self.momentum, 1.0 / self.seen)
+            self.v = (1.0 - new) * self.v + new * gradients
+            gradients = self.v
         for i, g in enumerate(gradients):
             if self.kind == "none":
                 sent[i] = top(g, self.count)

@@ -67,6 +67,8 @@ def test_large_eta_can_be_asked_for() -> None:
         (ErrorFeedback, {"kind": "ef22"}, "kind must be one of 'ec', 'ef21', 'econtrol', 'none', not 'ef22'"),
         (ErrorFeedback, {"kind": "ec", "eta": 0.1}, "eta has no effect with kind='ec'"),
         (ErrorFeedback, {"kind": "econtrol", "eta": 0.0}, "eta must be over 0"),
+        (ErrorFeedback, {"kind": "ec", "momentum": 0.9}, "momentum has no effect with kind='ec'"),
+        (ErrorFeedback, {"kind": "ef21", "momentum": 1.0}, "momentum must be at least 0 and below 1, not 1.0"),
         (ErrorFeedback, {"kind": "econtrol", "allow_large_eta": True}, "allow_large_eta has no effect"),
         (ThresholdSettings, {"life_span": 0}, "life_span must be at least 1"),
         (ThresholdSettings, {"samples": 10}, "samples must be at least 1000"),
