@@ -10,7 +10,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from lightning_embcomp.stack import quiet_third_party
 
@@ -77,10 +77,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A parser that answers a misspelt option with the nearest one, in two lines."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # noqa: ANN401
+        """Parse; an option that does not exist is named before arguments that are missing."""
+        known = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+        for text in args or []:
+            name = text.partition("=")[0]
+            if text == "--":
+                break
+            if text.startswith("--") and name not in known:
+                self.error(f"unknown option {name!r}{_nearest(name, known)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and exit with status 2."""
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"`{self.prog} --help` lists all options.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def _run_command(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(prog=f"embcomp {name}", description=command.help.capitalize() + ".")
+    parser = _CommandParser(
+        prog=f"embcomp {name}", description=command.help[0].upper() + command.help[1:] + ".", allow_abbrev=False
+    )
     module.add_arguments(parser)
     status = module.run(parser.parse_args(arguments))
     if status:
@@ -118,9 +146,8 @@ def _unknown(command: str) -> str:
     names = [*TRAINER_COMMANDS, *COMMANDS]
     if command.startswith("-"):
         return f"embcomp: options come after the command: embcomp {{{','.join(names)}}} {command} ..."
-    close = difflib.get_close_matches(command, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(names)}"
-    return f"embcomp: no command {command!r}; {hint}"
+    hint = _nearest(command, names) or f"; choose one of {', '.join(names)}"
+    return f"embcomp: no command {command!r}{hint}"
 
 
 if __name__ == "__main__":

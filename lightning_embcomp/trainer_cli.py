@@ -1,27 +1,80 @@
 """LightningCLI as ``embcomp fit | validate | test | predict`` runs it."""
 
-import difflib
-import inspect
+import os
 import re
 import sys
-from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from jsonargparse.typing import import_object
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_embcomp.cli_errors import explain_error, file_with
 from lightning_embcomp.report import CheckpointError, open_checkpoint, report_tables
 
 DEFAULT_MODEL = "lightning_embcomp.models.ClickModel"
 DEFAULT_DATA = "lightning_embcomp.data.SyntheticClickLogDataModule"
 DEFAULT_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+_GROUPS = {
+    "--trainer": ("trainer", "Lightning's Trainer, with its callbacks and strategy."),
+    "--model": ("model", "`--model.help` lists the options of the model, `--model.help=CLASS` those of another one."),
+    "--data": ("data", "`--data.help` lists the options of the data, `--data.help=CLASS` those of another source."),
+    "--ckpt_path": ("checkpoint", None),
+}
+_REFERENCE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
+_read: ContextVar[tuple[str, ...]] = ContextVar("configuration files read so far", default=())
+_file: ContextVar[str | None] = ContextVar("configuration file that is being read", default=None)
 
 
 class EmbCompParser(LightningArgumentParser):
-    """A parser that says what is wrong in a line or two, instead of after a page of usage."""
+    """A parser that says what is wrong in a line or two, instead of after a page of usage.
+
+    Args:
+        kwargs: As for LightningCLI's parser; options cannot be abbreviated unless ``allow_abbrev`` is given.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401
+        """Parse a configuration file; errors name it.
+
+        Args:
+            path: The file.
+            args: As for jsonargparse.
+            kwargs: As for jsonargparse.
+
+        Returns:
+            What the file sets.
+        """
+        token = _file.set(str(path))
+        _read.set((*_read.get(), str(path)))
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            _file.reset(token)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401
+        """Options with their explanations, in groups of plain names.
+
+        Args:
+            args: As for jsonargparse.
+            kwargs: As for jsonargparse.
+
+        Returns:
+            The text.
+        """
+        for group in self._action_groups:
+            options = [text for action in group._group_actions for text in action.option_strings]
+            title = next((_GROUPS[head] for text in options if (head := text.partition(".")[0]) in _GROUPS), None)
+            if title is not None:
+                group.title, group.description = title
+        for action in self._actions:
+            action.help = _REFERENCE.sub(r"``\1``", action.help) if action.help else action.help
+        return super().format_help(*args, **kwargs).replace(" [options]", "", 1)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with status 2.
@@ -37,9 +90,13 @@ class EmbCompParser(LightningArgumentParser):
             # A parser inside the parser: jsonargparse wants to catch this one and report it from outside.
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
+        # Commands that build a run as `fit` does come with their own name in front of that.
+        program = " ".join(parser.prog.replace(" [options]", "").split()[:2])
         options = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
-        print(f"{program}: error: {explain_error(message, options)}", file=sys.stderr)
+        unknown = re.search(r"does not accept option '([\w.+]+)'$", message)
+        file = _file.get() or (unknown and file_with(unknown[1], _read.get()))
+        where = f"{file}: " if file else ""
+        print(f"{program}: error: {where}{explain_error(message, options)}", file=sys.stderr)
         print(f"`{program} --help` lists all options.", file=sys.stderr)
         self.exit(2)
 
@@ -62,6 +119,7 @@ class EmbCompCLI(LightningCLI):
             parser: The parser.
             args: What to parse; None for the arguments of the process.
         """
+        _read.set(())
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         # Keywords such as `best`, other storage and sharded folders are the trainer's.
@@ -109,39 +167,3 @@ def run(arguments: list[str] | None) -> None:
         parser_kwargs={"prog": "embcomp"},
         args=arguments,
     )
-
-
-def explain_error(message: str, options: Iterable[str]) -> str:
-    """Shorten a message about an unknown option, and add the option that was probably meant.
-
-    Args:
-        message: Message of jsonargparse.
-        options: Known options, each with its leading dashes.
-
-    Returns:
-        The new message; any other message as it is.
-
-    Example:
-        >>> explain_error("unrecognized arguments: --modle.embedding_dim 8", ["--model", "--trainer.max_epochs"])
-        "unknown option '--modle.embedding_dim'; did you mean '--model.embedding_dim'?"
-    """
-    of_class = re.search(r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message)
-    if of_class:
-        class_path, option = of_class.groups()
-        names = list(inspect.signature(import_object(class_path)).parameters)
-        return f"{class_path} has no option {option!r}{_suggestion(option, names)}"
-    unknown = re.search(r"unrecognized arguments: (--[\w.+]+)|does not accept option '([\w.+]+)'", message)
-    if unknown:
-        option = unknown[1] or f"--{unknown[2]}"
-        return f"unknown option {option!r}{_suggestion(option, list(options))}"
-    return message
-
-
-def _suggestion(option: str, names: list[str]) -> str:
-    head, dot, tail = option.partition(".")
-    heads = {name.partition(".")[0] for name in names}
-    if head in heads:
-        close = difflib.get_close_matches(option, names, n=1)
-    else:
-        close = [f"{name}{dot}{tail}" for name in difflib.get_close_matches(head, sorted(heads), n=1)]
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,8 @@
 """The ``embcomp`` command, run in this process as the console script runs it."""
 
 import argparse
+import inspect
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_embcomp import cli, trainer_cli
+import lightning_embcomp
+from lightning_embcomp import cli, data, models, trainer_cli
 
 Run = Callable[..., None]
 _EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "dlrm.yaml"
@@ -128,24 +131,105 @@ def test_model_and_data_can_be_other_classes(printed: Callable[..., dict[str, An
     assert config["data"]["init_args"] == {"num_batches": 9}
 
 
+CALLBACK = "trainer: {callbacks: [{class_path: lightning_embcomp.%s, init_args: {%s}}]}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--modle.architecture=dcn"], "unknown option '--modle.architecture'; did you mean '--model.architecture'?"),
-        (["--model.archtecture=dcn"], "ClickModel has no option 'archtecture'; did you mean 'architecture'?"),
-        (["--trainer.max_epocs=3"], "did you mean '--trainer.max_epochs'?"),
-        (["--model.architecture=dlmr"], "'dlrm', 'dcn', 'deepfm'"),
-        (["--model.embedding_dim=-4"], "embedding_dim must be positive, got -4"),
-        (["-c", "missing.yaml"], "File does not exist"),
-        (["-c", "misspelt.yaml"], "unknown option '--trainer.max_epoch'; did you mean '--trainer.max_epochs'?"),
+        ("--modle.architecture=dcn", "unknown option '--modle.architecture'; did you mean '--model.architecture'?"),
+        ("--model.archtecture=dcn", "ClickModel has no option 'archtecture'; did you mean 'architecture'?"),
+        ("--trainer.max_epocs=3", "unknown option '--trainer.max_epocs'; did you mean '--trainer.max_epochs'?"),
+        ("--trainer.max_epoch=3", "unknown option '--trainer.max_epoch'; did you mean '--trainer.max_epochs'?"),
+        ("--optimizer=Adam", "unknown option '--optimizer'\n"),
+        ("stray", "'stray' is no option"),
+        ("--model=lightning_embcomp.models.ClckModel", "did you mean 'lightning_embcomp.models.ClickModel'?"),
+        ("--trainer.callbacks+=DimensionPrunin", "no class 'DimensionPrunin'; did you mean 'DimensionPruning'?"),
+        ("--trainer.callbacks.help=DimensionPrunin", "did you mean 'DimensionPruning'?"),
+        ("--trainer.callbacks.target=0.3", "no callback of the configuration has the option 'target'"),
+        ("--data=SyntheticClickLogDataModule --data.log.num_row=9", "no option 'num_row'; did you mean 'num_rows'?"),
+        ("--model.architecture=dlmr", "takes 'dlrm', 'dcn' or 'deepfm', not 'dlmr'; did you mean 'dlrm'?"),
+        ("--model.over_layers=64", "model.over_layers of lightning_embcomp.models.ClickModel takes list, not '64'"),
+        ("--trainer.max_epochs=three", "error: trainer.max_epochs takes int or null, not 'three'\n"),
+        ("--model.embedding_dim=-4", "embedding_dim must be positive, got -4"),
     ],
 )
-def test_mistakes_are_named(refused: Callable[..., str], tmp_path: Path, arguments: list[str], message: str) -> None:
-    (tmp_path / "misspelt.yaml").write_text("trainer: {max_epoch: 3}")
-    said = refused("fit", *arguments)
+def test_mistakes_are_named(refused: Callable[..., str], arguments: str, message: str) -> None:
+    said = refused("fit", *arguments.split())
     assert message in said
-    assert "embcomp fit: error:" in said
-    assert "usage:" not in said
+    assert said.startswith("embcomp fit: error: ")
+    assert len(said.splitlines()) == 2
+    assert "`embcomp fit --help` lists all options." in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: {max_epoch: 3}", "unknown option '--trainer.max_epoch'; did you mean '--trainer.max_epochs'?"),
+        ("trainr: {max_epochs: 3}", "unknown option '--trainr.max_epochs'; did you mean '--trainer.max_epochs'?"),
+        ("trainer: {max_epochs: 3.5}", "trainer.max_epochs takes int or null, not '3.5'"),
+        ("trainer: {enable_progress_bar: maybe}", "takes true or false or null, not 'maybe'"),
+        ("trainer:\n\tmax_epochs: 3", "line 2, column 1: this is no YAML"),
+        ("- a\n- b", "it holds no options: write them by name"),
+        (CALLBACK % ("DimensionPrunning", "target: 0.5"), "did you mean 'lightning_embcomp.DimensionPruning'?"),
+        (
+            CALLBACK.replace("comp.", "cmp.") % ("X", "target: 1"),
+            "'lightning_embcmp'; did you mean 'lightning_embcomp'?",
+        ),
+        (CALLBACK.replace("args", "arg") % ("X", "target: 1"), "no key 'init_arg'; did you mean 'init_args'?"),
+        (CALLBACK % ("DimensionPruning", "targt: 0.5"), "no option 'targt'; did you mean 'target'?"),
+        (
+            CALLBACK % ("DimensionPruning", "schedule: {every_n_steps: often}"),
+            "trainer.callbacks.schedule.every_n_steps of lightning_embcomp.PruningSchedule takes int, not 'often'",
+        ),
+        (
+            CALLBACK % ("DimensionPruning", "schedule: {evry_n_steps: 5}"),
+            "lightning_embcomp.PruningSchedule has no option 'evry_n_steps'; did you mean 'every_n_steps'?",
+        ),
+        ("data: {class_path: SyntheticClickLogDataModule, init_args: {log: {num_row: 5}}}", "did you mean 'num_rows'?"),
+    ],
+)
+def test_mistakes_name_their_file(refused: Callable[..., str], tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "good.yaml").write_text("trainer: {max_epochs: 3}")
+    (tmp_path / "run.yaml").write_text(text)
+    said = refused("fit", "-c", "run.yaml", "-c", "good.yaml")
+    assert message in said
+    assert said.startswith("embcomp fit: error: run.yaml: ")
+    assert len(said.splitlines()) == 2
+
+
+def test_missing_files_are_named(refused: Callable[..., str]) -> None:
+    assert "missing.yaml: there is no such file" in refused("fit", "-c", "missing.yaml")
+
+
+def test_options_come_in_named_groups(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("fit", "--help")
+    said = capsys.readouterr().out
+    assert said.startswith("usage: embcomp fit ")
+    assert [line for line in said.splitlines() if re.fullmatch(r"\S.*:", line)] == [
+        f"{title}:" for title in ("options", "trainer", "model", "data", "checkpoint")
+    ]
+    assert ":paramref:" not in said and "<class" not in said
+
+
+CLASSES = [
+    *(getattr(lightning_embcomp, name) for name in lightning_embcomp.__all__),
+    *(getattr(data, name) for name in ("ClickLogDataModule", "SyntheticClickLog", "SyntheticClickLogDataModule")),
+    models.ClickModel,
+]
+
+
+@pytest.mark.parametrize(
+    "configured",
+    [kind for kind in CLASSES if inspect.isclass(kind) and not issubclass(kind, Exception)],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_option_is_explained(configured: type) -> None:
+    parser = trainer_cli.EmbCompParser()
+    parser.add_class_arguments(configured, "x")
+    silent = [option for action in parser._actions if not action.help for option in action.option_strings]
+    assert silent == {"CompressionAwarePlanner": ["--x.plan_loader"]}.get(configured.__name__, [])
 
 
 def test_unknown_commands_are_named(refused: Callable[..., str]) -> None:
@@ -185,7 +269,10 @@ def test_other_commands_come_from_their_module(
     with pytest.raises(SystemExit) as stop:
         run("weigh", "a.ckpt", "--status=3")
     assert stop.value.code == 3
-    assert "unrecognized arguments: --jsn" in refused("weigh", "a.ckpt", "--jsn")
+    assert "unknown option '--stats'; did you mean '--status'?" in refused("weigh", "a.ckpt", "--stats", "3")
+    assert "unknown option '--stat'; did you mean '--status'?" in refused("weigh", "a.ckpt", "--stat=3")
+    assert "invalid int value: 'three'" in refused("weigh", "a.ckpt", "--status", "three")
+    assert "the following arguments are required: checkpoint" in refused("weigh")
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
@@ -193,4 +280,7 @@ def test_listed_commands_exist(run: Run, name: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stop:
         run(name, "--help")
     assert stop.value.code == 0
-    assert f"usage: embcomp {name}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: embcomp {name}")
+    explained = re.findall(r"^  (?:-\w(?: \S+)?, )?(--[\w-]+)(?: [^ ]+)*(?: {2,}|\n {10,})\w", said, flags=re.MULTILINE)
+    assert explained == re.findall(r"^  (?:-\w(?: \S+)?, )?(--[\w-]+)", said, flags=re.MULTILINE)

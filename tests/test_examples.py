@@ -41,6 +41,16 @@ def test_torchrec_fused(said: str) -> None:
     assert after < 0.25 * before
 
 
+@pytest.mark.parametrize("said", ["existing_dlrm.py"], indirect=True)
+def test_existing_dlrm(said: str) -> None:
+    first, last = (numbers(said[said.index(text) :])[0] for text in ("loss after one", "loss after two more"))
+    assert last < 0.1 < first < 0.69
+    assert numbers(said[said.index("predictions") :])[0] == 40 * 512
+    plain, held = numbers(said[said.index("embedding bytes") :])
+    assert plain == 70_024 * 17 * 4
+    assert held < 0.3 * plain
+
+
 @pytest.mark.parametrize("said", ["out_of_core_table.py --rows 100_000 --steps 10"], indirect=True)
 def test_out_of_core_table(said: str) -> None:
     full, held, *_ = numbers(said[said.index("the table in full") :])
@@ -99,14 +109,9 @@ def test_mixed_precision(said: str) -> None:
     assert numbers(said[said.index("largest difference") :]) == [0.0]
 
 
-def test_every_script_is_tested() -> None:
-    assert {path.name for path in _FOLDER.glob("*.py")} == {
-        "existing_trainer.py",
-        "export_and_serve.py",
-        "frequency_lr.py",
-        "mixed_precision.py",
-        "out_of_core_table.py",
-        "thresholded.py",
-        "torchrec_fused.py",
-        "two_processes.py",
-    }
+def test_every_script_is_tested_and_listed() -> None:
+    scripts = {path.name for path in _FOLDER.glob("*.py")}
+    assert set(re.findall(r"\b(\w+\.py)\b", Path(__file__).read_text())) & scripts == scripts
+    linked = set(re.findall(r"\]\(([^)]+)\)", (_FOLDER / "README.md").read_text()))
+    assert {path.name for path in _FOLDER.iterdir() if path.suffix in (".py", ".yaml")} <= linked
+    assert all((_FOLDER / link).exists() for link in linked)

@@ -119,7 +119,7 @@ def test_every_setting_parses(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("target", "65", "for 65.0 % write 0.65"),
         ("schedule.every_n_steps", "0", "every_n_steps must be at least 1, not 0"),
-        ("granularity.layout", "suffix", "'prefix', 'chunks'"),
+        ("granularity.layout", "suffix", "takes 'prefix' or 'chunks', not 'suffix'"),
         ("targt", "0.5", "did you mean 'target'?"),
     ],
 )

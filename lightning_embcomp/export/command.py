@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tables", nargs="+", default=[], metavar="GLOB=BITS", help="bits of single tables, for example 't_user=4'"
     )
     parser.add_argument(
-        "--row-alignment", type=int, default=defaults.row_alignment, metavar="BYTES", help="default: %(default)s"
+        "--row-alignment",
+        type=int,
+        default=defaults.row_alignment,
+        metavar="BYTES",
+        help="bytes that a served row is filled up to a multiple of (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
