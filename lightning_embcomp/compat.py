@@ -37,7 +37,7 @@ def table_over(
     return table
 
 
-def sharder_facts(enumerator: object, key: str) -> Mapping[str, Any]:
+def fused_params(enumerator: object, key: str) -> Mapping[str, Any]:
     """Fused parameters that an ``EmbeddingEnumerator`` found for a module type in its last enumeration.
 
     Args:
@@ -49,3 +49,14 @@ def sharder_facts(enumerator: object, key: str) -> Mapping[str, Any]:
         facts = enumerator._sharder_map  # type: ignore[attr-defined]
     found: Mapping[str, Any] = facts[key].fused_params or {}
     return found
+
+
+def copies_leave_ddp_out(collection_type: type) -> bool:
+    """Whether a subclass of TorchRec's sharded collection can keep copies of tables equal by itself.
+
+    TorchRec 1.6 puts DDP around copies in its constructor, which fails for tables that are no parameters.
+
+    Args:
+        collection_type: ``ShardedEmbeddingBagCollection``.
+    """
+    return hasattr(collection_type, "init_data_parallel")

@@ -15,6 +15,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ModuleSharder
 
+from lightning_embcomp.compat import fused_params
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.planners.perf import CompressedPerfEstimator
 from lightning_embcomp.planners.rules import is_second_choice, name_of, refusal
@@ -66,7 +67,7 @@ class CompressedEnumerator(EmbeddingEnumerator):
         reasons: dict[str, list[str]] = {}
         found = super().enumerate(module, sharders)
         for option in found:
-            params = self._sharder_data_map[option.module_type_key].fused_params
+            params = fused_params(self, option.module_type_key)
             name = name_of(option)
             reason = refusal(option, self._footprint(name), "optimizer" in params)
             reasons.setdefault(name, []).append(reason or "")

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import PoolingType
 
+from lightning_embcomp.compat import copies_leave_ddp_out
 from lightning_embcomp.engine.layout import LogicalTable, Shard
 
 ROW_WISE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
@@ -49,6 +51,12 @@ def check_plan(tables: Sequence[LogicalTable], plan: Mapping[str, ParameterShard
             raise UnsupportedShardingError(
                 f"table {table.name!r} is planned {sharding.sharding_type}, which the engine cannot follow: allow"
                 f" {', '.join(SUPPORTED)} only"
+            )
+        copied = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        if copied and not copies_leave_ddp_out(ShardedEmbeddingBagCollection):
+            raise UnsupportedShardingError(
+                f"table {table.name!r} is planned data_parallel, but copies of compressed tables need TorchRec 1.7 or"
+                " newer: allow other sharding types for it"
             )
         for shard in getattr(sharding.sharding_spec, "shards", None) or () if table.chunks > 1 else ():
             first, width = shard.shard_offsets[1], shard.shard_sizes[1]
