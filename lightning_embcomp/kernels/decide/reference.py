@@ -1,4 +1,7 @@
-"""Decisions in plain PyTorch: the definition that the fast path is tested against."""
+"""Decisions in plain PyTorch: the definition that the fast path is tested against, and what runs on a GPU.
+
+The histogram and the table of decisions stay in host memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ def count_cells(codes: Tensor, utility: Tensor, counts: Tensor, *, prefix: bool)
     parts, states, size = counts.shape
     for part in range(parts):
         cell = _states(codes, part, prefix=prefix) * size + bins[:, part]
-        counts[part] += torch.bincount(cell, minlength=states * size).view(states, size)
+        found = torch.bincount(cell, minlength=states * size)
+        counts[part] += found.to(counts.device).view(states, size)
 
 
 def decide(
@@ -30,7 +34,7 @@ def decide(
 ) -> tuple[Tensor, int]:
     """Plain twin of :func:`lightning_embcomp.kernels.decide.decide`."""
     bins = utility.contiguous().view(torch.int16).long()
-    decided = torch.zeros_like(codes)
+    decided, keep = torch.zeros_like(codes), keep.to(codes.device)
     wanted_part, wanted_state, wanted_bin, rows = partial
     for part in range(keep.shape[0]):
         state = _states(codes, part, prefix=prefix)

@@ -1,4 +1,7 @@
-"""Relocation in plain PyTorch: the definition that the fast paths are tested against."""
+"""Relocation in plain PyTorch: the definition that the fast path is tested against, and what runs on a GPU.
+
+Rows move at rare events, in slabs; there the host waits for sizes.
+"""
 
 from __future__ import annotations
 
@@ -85,6 +88,6 @@ def move_rows(
             shared, at_old, at_new = [], {int(c): i for i, c in enumerate(had)}, {int(c): i for i, c in enumerate(has)}
             shared = [c for c in at_new if c in at_old]
             if shared:
-                into = torch.tensor([at_new[c] for c in shared])
-                out_of = torch.tensor([at_old[c] for c in shared])
+                into = torch.tensor([at_new[c] for c in shared], device=rows.device)
+                out_of = torch.tensor([at_old[c] for c in shared], device=rows.device)
                 destination[rows.unsqueeze(1), into] = values[:, out_of]
