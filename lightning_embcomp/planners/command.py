@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from torch import nn
 
 from lightning_embcomp.stack import quiet_third_party
+
+if TYPE_CHECKING:
+    from lightning_embcomp.planners.configured import ConfiguredRun
 
 _PIPE_WIDTH = 140  # a file or pipe has no width of its own, and rich would fold at 80
 NO_PLAN = 1
@@ -101,10 +104,12 @@ def _plan(args: argparse.Namespace) -> int:
 
     if not 0 <= args.reserve < 1:
         raise PlanInputError(f"--reserve is a share of device memory from 0 to below 1, not {args.reserve}")
-    root, callbacks, pooling, strategy = _read(args)
+    configured, pooling = _read(args)
+    assert configured.model is not None
+    strategy = configured.strategy
     sharding = {glob: kinds.split(",") for glob, kinds in by_glob(args.sharding, "--sharding").items()}
     request = PlanRequest(
-        root=root,
+        root=configured.model,
         machine=_machine(args, strategy),
         rules=TableRules(
             sharding=check_sharding(_first(sharding, strategy.get("sharding") or {})),
@@ -117,7 +122,7 @@ def _plan(args: argparse.Namespace) -> int:
     tables = sharded_tables(request)
     if not tables:
         raise PlanInputError("the model holds no EmbeddingBagCollection or EmbeddingCollection, so nothing is sharded")
-    footprints, notes = _footprints(args, request.root, callbacks)
+    footprints, notes = _footprints(args, configured)
     outcomes = {"plain": plan_tables(request)}
     if footprints:
         outcomes["compressed"] = plan_tables(request, footprints)
@@ -136,36 +141,33 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if list(outcomes.values())[-1].summary is not None else NO_PLAN
 
 
-def _read(args: argparse.Namespace) -> tuple[nn.Module, Sequence[Any], Mapping[str, float], Mapping[str, Any]]:
-    """Module with the tables, compression callbacks, ids per sample, and arguments of the strategy."""
-    from lightning_embcomp.planners.configured import read_run
+def _read(args: argparse.Namespace) -> tuple[ConfiguredRun, Mapping[str, float]]:
+    """The run, whose model is a bare collection if tables were listed, and ids per sample."""
+    from lightning_embcomp.planners.configured import ConfiguredRun, read_run
     from lightning_embcomp.planners.options import PlanInputError
     from lightning_embcomp.planners.tables_file import read_tables
 
     if args.tables is not None:
         listed = read_tables(args.tables)
-        callbacks = read_run(args.config, with_model=False).callbacks if args.config else ()
-        return listed.module, callbacks, listed.pooling, {}
+        found = read_run(args.config, with_model=False) if args.config else ConfiguredRun(model=None, callbacks=())
+        return replace(found, model=listed.module, strategy={}), listed.pooling
     if not args.config:
         raise PlanInputError("give a configuration (-c FILE), or a list of tables (--tables FILE)")
-    found = read_run(args.config, with_model=True)
-    assert found.model is not None
-    return found.model, found.callbacks, {}, found.strategy
+    return read_run(args.config, with_model=True), {}
 
 
 def _machine(args: argparse.Namespace, strategy: Mapping[str, Any]) -> Any:  # noqa: ANN401 - imported late
-    from lightning_embcomp.planners.options import Machine, parse_size
+    from lightning_embcomp.planners.options import Machine
+    from lightning_embcomp.sizes import parse_bytes
 
     given = {
         name: getattr(args, name) if getattr(args, name) is not None else strategy.get(name) for name in ("hbm", "ddr")
     }
-    sizes = {name: None if value is None else parse_size(str(value)) for name, value in given.items()}
+    sizes = {name: None if value is None else parse_bytes(value) for name, value in given.items()}
     return Machine(ranks=args.world_size, local_ranks=args.local_world_size, **sizes)
 
 
-def _footprints(
-    args: argparse.Namespace, root: nn.Module, callbacks: Sequence[Any]
-) -> tuple[dict[str, Any], list[str]]:
+def _footprints(args: argparse.Namespace, configured: ConfiguredRun) -> tuple[dict[str, Any], list[str]]:
     """What compressed tables take, and what to say about it."""
     from lightning_embcomp.planners.callbacks import callback_footprints
     from lightning_embcomp.planners.configured import refusals
@@ -173,15 +175,21 @@ def _footprints(
     from lightning_embcomp.planners.options import PlanInputError
     from lightning_embcomp.tables import find_hosts
 
-    hosts = find_hosts(root)
+    assert configured.model is not None
+    hosts, callbacks = find_hosts(configured.model), configured.callbacks
     footprints = callback_footprints(hosts, callbacks)
     notes = []
     if args.world_size > 1:
-        notes += refusals(hosts, callbacks)
-    if any(getattr(callback, "scope", None) == "global" for callback in callbacks) and not args.ckpt:
+        notes += refusals(hosts, callbacks, configured.budgets)
+    if _share_bytes(configured) and not args.ckpt:
         notes.append(
             "Tables share one budget (scope: global). Bytes move between them as rows are measured: the plan is that of"
             " the first rows. Plan again from a checkpoint (--ckpt), or set scope: table."
+        )
+    if configured.budgets and not args.ckpt:
+        notes.append(
+            f"{configured.budgets[0]} removes weights while training: the plan is that of its start. Plan again from a"
+            " checkpoint (--ckpt)."
         )
     if args.ckpt:
         names = {table.name for host in hosts for table in host.tables}
@@ -195,6 +203,11 @@ def _footprints(
             raise PlanInputError(f"{args.ckpt}: its tables are plain; there is nothing that a plan could credit")
         footprints |= measured
     return footprints, notes
+
+
+def _share_bytes(configured: ConfiguredRun) -> bool:
+    """Whether bytes move between tables; what a budget does with its callbacks is another matter."""
+    return not configured.budgets and any(getattr(c, "scope", None) == "global" for c in configured.callbacks)
 
 
 def _title(request: Any, tables: Sequence[Any]) -> str:  # noqa: ANN401 - imported late

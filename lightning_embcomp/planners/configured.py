@@ -34,13 +34,15 @@ class ConfiguredRun:
 
     Args:
         model: The model, its tables on the meta device; None if only callbacks were read.
-        callbacks: Compression callbacks of the trainer.
+        callbacks: Compression callbacks of the trainer, those that others bring along included.
         strategy: Arguments of the run's ``TorchRecStrategy``; empty for others.
+        budgets: Names of callbacks that bring compression callbacks along and change their settings while training.
     """
 
     model: nn.Module | None
     callbacks: tuple[CompressionCallback, ...]
     strategy: Mapping[str, Any] = field(default_factory=dict)
+    budgets: tuple[str, ...] = ()
 
 
 class _ReadOnly(EmbCompCLI):
@@ -89,28 +91,37 @@ def read_run(configs: Sequence[str], *, with_model: bool) -> ConfiguredRun:
         except DeferredTableError as error:
             raise PlanInputError(f"{error}. To plan without the model, list its tables in a file (--tables)") from error
     callbacks: list[pl.Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    members = [(callback, _compression_callbacks(callback)) for callback in callbacks]
     return ConfiguredRun(
         model=model,
-        callbacks=tuple(callback for callback in callbacks if isinstance(callback, CompressionCallback)),
+        callbacks=tuple(member for _, found in members for member in found),
         strategy=cli.strategy,
+        budgets=tuple(callback.state_key for callback, found in members if found and callback not in found),
     )
 
 
-def refusals(hosts: Sequence[HostView], callbacks: Sequence[CompressionCallback]) -> list[str]:
+def _compression_callbacks(callback: pl.Callback) -> list[CompressionCallback]:
+    """The callback itself, or those that it brings along."""
+    if isinstance(callback, CompressionCallback):
+        return [callback]
+    return [member for member in getattr(callback, "members", ()) if isinstance(member, CompressionCallback)]
+
+
+def refusals(
+    hosts: Sequence[HostView], callbacks: Sequence[CompressionCallback], budgets: Sequence[str] = ()
+) -> list[str]:
     """What training on several ranks would refuse of a run that is planned.
 
     Args:
         hosts: Modules with tables.
         callbacks: Compression callbacks.
+        budgets: Names of callbacks that bring some of them along.
 
     Returns:
         A line for each refusal.
     """
-    found = [
-        f"{callback.state_key} works in one process only so far: training on several ranks refuses it."
-        for callback in callbacks
-        if not callback.follows_shards
-    ]
+    alone = [*budgets, *(callback.state_key for callback in callbacks if not callback.follows_shards)]
+    found = [f"{name} works in one process only so far: training on several ranks refuses it." for name in alone]
     cuts: dict[str, tuple[int, ChunkLayout]] = {}
     claimed: set[str] = set()
     for callback in callbacks:

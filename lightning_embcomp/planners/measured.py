@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_embcomp.checkpoints import COMPRESSED, CheckpointReader
+from lightning_embcomp.checkpoints import COMPRESSED, CheckpointReader, is_checkpoint
 from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable
 from lightning_embcomp.engine.memory import TableMemory, table_memory
 from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -62,7 +62,7 @@ def checkpoint_footprints(path: str | os.PathLike[str]) -> dict[str, TableFootpr
     Raises:
         CheckpointError: If it cannot be read, or holds no tables.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or is_checkpoint(path):
         return _of_directory(CheckpointReader(path))
     return {
         table.name: _footprint(table.memory, table.live, table.layout == "chunks")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,7 +24,6 @@ from lightning_embcomp.planners.rules import table_name
 from lightning_embcomp.strategies.options import COLUMN_WISE, column_width, fused_optimizer_name
 
 _DENSE, _FUSED = EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class PlanInputError(ValueError):
@@ -159,23 +157,6 @@ class TableRules:
             if "rowwise" in optimizer.lower().replace("_", ""):
                 left_out.update(COLUMN_WISE)  # every part would keep an accumulator of its own
         return [kind for kind in offered if kind not in left_out]
-
-
-def parse_size(text: str) -> int:
-    """Read a number of bytes such as ``80GB`` or ``512MiB``.
-
-    Raises:
-        PlanInputError: If it is not a positive size.
-
-    Example:
-        >>> parse_size("80GB"), parse_size("1.5 KiB"), parse_size("100")
-        (80000000000, 1536, 100)
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    size = float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].upper()] if match else 0.0
-    if size < 1:
-        raise PlanInputError(f"{text!r} is not a size in bytes: write for example 80GB, 512MiB or a number of bytes")
-    return int(size)
 
 
 def by_glob(entries: Sequence[str], option: str) -> dict[str, str]:

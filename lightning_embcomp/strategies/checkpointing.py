@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_embcomp.checkpoints import (
@@ -29,7 +28,7 @@ from lightning_embcomp.checkpoints import (
     save_checkpoint,
     world_size_of,
 )
-from lightning_embcomp.strategies.discovery import find_sharded
+from lightning_embcomp.strategies.base import ShardsTables
 from lightning_embcomp.strategies.errors import ShardingError
 from lightning_embcomp.strategies.fused_state import fused_state, load_fused_state, load_rates, rates
 from lightning_embcomp.strategies.optimizer_state import (
@@ -50,7 +49,7 @@ _READER, _DENSE, _RATES, _RNG, _PLAIN = "_reader", "dense_optimizers", "fused_ra
 _log = logging.getLogger(__name__)
 
 
-class DistributedCheckpoints(DDPStrategy):
+class DistributedCheckpoints(ShardsTables):
     """The part of the strategy that saves and loads.
 
     Attributes:
@@ -62,16 +61,10 @@ class DistributedCheckpoints(DDPStrategy):
     """The checkpoint that is being loaded, while Lightning hands parts of it back to us."""
     _rng: dict[str, Any] | None = None
     """Random numbers' state that waits for the first batch."""
-    _parameter_order: list[list[list[str]]]
-    """Names of all parameters that ``configure_optimizers`` gave to each group of each optimizer, fused ones too."""
-
-    @property
-    def _sharded(self) -> dict[str, nn.Module]:
-        return {} if self.lightning_module is None else find_sharded(self.lightning_module)
 
     @property
     def _self_saving(self) -> dict[str, Any]:
-        return {path: module for path, module in self._sharded.items() if hasattr(module, "distributed_state")}
+        return {path: module for path, module in self.sharded_modules.items() if hasattr(module, "distributed_state")}
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -93,7 +86,7 @@ class DistributedCheckpoints(DDPStrategy):
             optimizer: One of ``configure_optimizers``.
         """
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        places = table_places(self._sharded)
+        places = table_places(self.sharded_modules)
         state: dict[str, Any] = {}
         for name, part in plain_parts([plain]):
             tensors, rest = save_state(part, self._names(), places)
@@ -138,9 +131,9 @@ class DistributedCheckpoints(DDPStrategy):
                 number = f"{i}.{part}" if part else str(i)
                 tensors.update({f"{OPTIMIZER}{number}/{key}": value for key, value in found["tensors"].items()})
                 rest[number] = found["rest"]
-        tensors.update(fused_state(self._sharded))
+        tensors.update(fused_state(self.sharded_modules))
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (rest, rates(self._sharded)))
+        dist.all_gather_object(gathered, (rest, rates(self.sharded_modules)))
         for others, _ in gathered[1:]:
             for number, other in others.items():
                 for name, state in other["values"].items():
@@ -227,13 +220,13 @@ class DistributedCheckpoints(DDPStrategy):
                 module.load_distributed_state(f"{STATE_DICT}{path}." if was_plain else f"{COMPRESSED}{path}/", reader)
             extra = checkpoint.get("state_dict") or {}
             if extra:
-                with without(self.lightning_module, self._sharded):
+                with without(self.lightning_module, self.sharded_modules):
                     self.lightning_module.load_state_dict(extra, strict=False)
         self._forget_caches()
 
     def _forget_caches(self) -> None:
         """Tables with a cache on the device read the new weights, not the cached ones."""
-        for module in self._sharded.values():
+        for module in self.sharded_modules.values():
             for lookup in getattr(module, "_lookups", ()):
                 inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
                 if hasattr(inner, "purge"):
@@ -249,9 +242,10 @@ class DistributedCheckpoints(DDPStrategy):
             ShardingError: If the checkpoint has no such state.
         """
         assert self._checkpoint is not None
-        places, names = table_places(self._sharded), self._names()
+        modules = self.sharded_modules
+        places, names = table_places(modules), self._names()
         if _PLAIN in self._checkpoint:
-            load_plain_optimizer(self.optimizers, checkpoint, self._parameter_order, names, places, self._sharded)
+            load_plain_optimizer(self.optimizers, checkpoint, self._parameter_order, names, places, modules)
             relink(self.optimizers)
             return
         reader: CheckpointReader = self._checkpoint[_READER]
@@ -270,17 +264,8 @@ class DistributedCheckpoints(DDPStrategy):
                     state.setdefault(name, {}).update(values)
             load_state(optimizer, names, state, saved[number]["groups"])
         relink(self.optimizers)
-        load_fused_state(self._sharded, reader)
-        load_rates(self._sharded, self._checkpoint.get(_RATES, {}))
-
-    def _names(self) -> dict[int, str]:
-        """Names of all parameters, by ``id``."""
-        assert self.lightning_module is not None
-        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
-        for path, module in self._sharded.items():
-            for inner, child in module.named_modules(prefix=path):
-                names.update({id(p): f"{inner}.{n}" for n, p in child._parameters.items() if p is not None})
-        return names
+        load_fused_state(modules, reader)
+        load_rates(modules, self._checkpoint.get(_RATES, {}))
 
     # Random numbers ------------------------------------------------------------------------------------------------
 

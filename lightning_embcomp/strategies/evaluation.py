@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -64,10 +64,12 @@ class EmptyLookups:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self._mine, self._most, self._steps = known, most.tolist(), 0
         if any(m != n for m, n in zip(self._mine, self._most, strict=True) if m >= 0):
-            self._handles = [module.register_forward_pre_hook(self._record) for module in self._modules]
+            self._handles = [
+                module.register_forward_pre_hook(self._record, with_kwargs=True) for module in self._modules
+            ]
 
-    def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._calls.append((module, args[0]))
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._calls.append((module, args[0] if args else kwargs["features"]))
 
     def step_done(self) -> None:
         """Join in the lookups that others still have to do, after this process's last batch of a loader."""

@@ -22,7 +22,8 @@ class TablePlace:
 
     Args:
         shape: Shape of the whole table.
-        pieces: The parts in the order in which their rows follow each other in the parameter.
+        pieces: The parts in the order in which their rows follow each other in the parameter; none where this process
+            holds no row of the table.
     """
 
     shape: torch.Size
@@ -58,8 +59,12 @@ class TablePlace:
         whole = tuple(self.shape) if elementwise else (self.shape[0], *value.shape[1:])
         return Slices(whole, blocks, dtype=value.dtype)
 
+    @property
+    def _columns(self) -> int:
+        return self.pieces[0][1].shape[1] if self.pieces else self.shape[1]
+
     def _elementwise(self, value: Tensor) -> bool:
-        return value.dim() == 2 and value.shape[1] == self.pieces[0][1].shape[1]
+        return value.dim() == 2 and value.shape[1] == self._columns
 
     def _fits(self, value: Tensor) -> bool:
         return self._elementwise(value) or value.shape[1:].numel() == 1
@@ -72,12 +77,12 @@ class TablePlace:
         """
         rows = sum(part.shape[0] for _, part in self.pieces)
         if whole == self.shape:
-            return torch.Size((rows, self.pieces[0][1].shape[1]))
+            return torch.Size((rows, self._columns))
         return torch.Size((rows, *whole[1:]))
 
 
 def table_places(modules: Mapping[str, nn.Module]) -> dict[str, TablePlace]:
-    """Places of the local parts of all sharded tables, by parameter name; those without a part here are left out.
+    """Places of the local parts of all sharded tables, by parameter name.
 
     Args:
         modules: Sharded collections by path. Those that save themselves are left out.
@@ -88,7 +93,7 @@ def table_places(modules: Mapping[str, nn.Module]) -> dict[str, TablePlace]:
             continue
         for key, tensor in module.state_dict().items():
             pieces = local_pieces(tensor)
-            if pieces and type(tensor) is not Tensor and len(tensor.size()) == 2:
+            if type(tensor) is not Tensor and len(tensor.size()) == 2:
                 places[f"{path}.{key}"] = TablePlace(shape=tensor.size(), pieces=pieces)
     return places
 

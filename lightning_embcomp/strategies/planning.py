@@ -22,7 +22,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingPlanner, ShardingType
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardingPlanner, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from lightning_embcomp.strategies.discovery import Shardable
@@ -151,6 +151,43 @@ def fused_tables(
     return [table.name for table in _tables(found, defaults, fused_params) if table.fused]
 
 
+def check_earlier_plans(
+    plans: Mapping[str, Mapping[str, ParameterSharding]], settings: PlanSettings, others: Mapping[str, Any]
+) -> None:
+    """Refuse settings that come too late for collections which an earlier run has sharded.
+
+    Args:
+        plans: Plans of these collections, by path.
+        settings: What is asked for now.
+        others: Plans of collections that were sharded under these settings.
+
+    Raises:
+        ShardingError: If a table is sharded in another way than is asked for, or a setting matches no table.
+    """
+    choices = {name: choice for plan in plans.values() for name, choice in plan.items()}
+    names = [*choices, *(name for plan in others.values() for name in plan)]
+    for pattern in settings.sharding if plans else ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise _matches_nothing(pattern, names)
+    for name, choice in choices.items():
+        asked = _asked(name, settings)
+        if asked is not None and choice.sharding_type not in asked:
+            raise ShardingError(
+                f"sharding asks for {', '.join(asked)} for table {name!r}, which an earlier run of this module has"
+                f" sharded {choice.sharding_type}: tables stay as they are. Leave the setting out, or save a checkpoint"
+                " and load it into a new module"
+            )
+
+
+def _asked(name: str, settings: PlanSettings) -> tuple[str, ...] | None:
+    """Sharding types that were asked for a table."""
+    return next((kinds for glob, kinds in settings.sharding.items() if fnmatch.fnmatchcase(name, glob)), None)
+
+
+def _matches_nothing(pattern: str, names: Iterable[str]) -> ShardingError:
+    return ShardingError(f"sharding={{{pattern!r}: ...}} matches no table; there are {', '.join(names)}")
+
+
 def _tables(
     found: Mapping[str, Shardable],
     defaults: Mapping[type[nn.Module], ModuleSharder[nn.Module]],
@@ -180,10 +217,10 @@ def _constraints(tables: Iterable[_Table], device_type: str, settings: PlanSetti
     names = [table.name for table in tables]
     for pattern in settings.sharding:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ShardingError(f"sharding={{{pattern!r}: ...}} matches no table; there are {', '.join(names)}")
+            raise _matches_nothing(pattern, names)
     constraints: dict[str, ParameterConstraints] = {}
     for table in tables:
-        asked = next((v for k, v in settings.sharding.items() if fnmatch.fnmatchcase(table.name, k)), None)
+        asked = _asked(table.name, settings)
         kinds = _allowed_types(table, asked, device_type, settings)
         if table.name in constraints:  # the planner knows names only
             kinds = [kind for kind in kinds if kind in (constraints[table.name].sharding_types or ())]

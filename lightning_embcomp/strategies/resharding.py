@@ -28,6 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.strategies.errors import ShardingError
+from lightning_embcomp.strategies.fused_state import load_rates, rates
 from lightning_embcomp.strategies.optimizers import FusedRates, fused_optimizers
 from lightning_embcomp.strategies.strategy import TorchRecStrategy
 
@@ -46,9 +47,9 @@ class _Moving:
     features: dict[str, list[str]]
     counts: dict[str, int] = field(default_factory=dict)
 
-    def count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook."""
-        features = args[0]
+        features = args[0] if args else kwargs["features"]
         if not (module.training and torch.is_grad_enabled() and isinstance(features, KeyedJaggedTensor)):
             return
         per_feature = dict(zip(features.keys(), features.length_per_key(), strict=True))
@@ -109,7 +110,7 @@ class ReshardOnImbalance(pl.Callback):
                     " the tables of before: leave the fused optimizers out of it"
                 )
         self._moving = {path: _movable(path, module) for path, module in strategy.sharded_modules.items()}
-        self._handles = [m.module.register_forward_pre_hook(m.count) for m in self._moving.values()]
+        self._handles = [m.module.register_forward_pre_hook(m.count, with_kwargs=True) for m in self._moving.values()]
 
     def on_train_batch_end(
         self,
@@ -142,7 +143,7 @@ class ReshardOnImbalance(pl.Callback):
         if imbalance > self.tolerance:
             wanted = place(loads, sizes, present, dist.get_world_size())
         moves = {key: rank for key, rank, now in zip(tables, wanted, present, strict=True) if rank != now}
-        for path in {path for path, _ in moves}:
+        for path in sorted({path for path, _ in moves}):  # in the same order on every process
             strategy = trainer.strategy
             assert isinstance(strategy, TorchRecStrategy)
             move_tables(strategy, path, {name: rank for (p, name), rank in moves.items() if p == path})
@@ -201,17 +202,14 @@ def move_tables(strategy: TorchRecStrategy, path: str, ranks: Mapping[str, int])
     check_hash_seed()
     device = strategy.root_device
     plan: Any = module.module_sharding_plan
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in fused_optimizers([module], ())]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, rates({path: module}))
     changed = {name: _on_rank(plan[name], rank, device) for name, rank in ranks.items()}
     module.update_shards(changed, ShardingEnv.from_process_group(dist.group.WORLD), device)
     # TorchRec 1.8 forgets this: where tables lay in the order of the features, they would get those of others.
     module._has_features_permute = True
-    known = {rate for of_optimizer in rates for rate in of_optimizer}
-    for optimizer in fused_optimizers([module], ()):
-        for group in optimizer.param_groups:
-            # New tables start with the rate of their first step.
-            group["lr"] = next(iter(known)) if len(known) == 1 else group["lr"]
-        optimizer.step()
+    # New tables start with the rate of their first step, and count from zero.
+    load_rates({path: module}, {table: entry for of_process in found for table, entry in of_process.items()})
     strategy._rates = FusedRates(fused_optimizers(strategy.sharded_modules.values(), strategy.optimizers))
 
 

@@ -11,7 +11,10 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fused_embedding import FusedEmbeddingCollectionSharder
 from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
-from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingEnv, ShardingType
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from lightning_embcomp.engine.sharded.means import divide_by_name
 
 SharderFor = Callable[[str, nn.Module], "ModuleSharder[nn.Module] | None"]
 """Chooses the sharder of the module at a path; None for the default one."""
@@ -27,7 +30,24 @@ class _OpenTypes:
         return [*dict.fromkeys([*types, ShardingType.ROW_WISE.value])]
 
 
-class BagSharder(_OpenTypes, EmbeddingBagCollectionSharder):
+class _NamedMeans:
+    """Has sums of rows divided by the feature's own bag lengths, where tables are averaged and sharded by rows."""
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> Any:  # noqa: ANN401 - of TorchRec, another class for each sharder
+        """Shard a collection."""
+        sharded: Any = super().shard(module, params, env, device, module_fqn)  # type: ignore[misc]
+        divide_by_name(sharded, module.embedding_bag_configs(), params)
+        return sharded
+
+
+class BagSharder(_OpenTypes, _NamedMeans, EmbeddingBagCollectionSharder):
     """Shards ``EmbeddingBagCollection``."""
 
 
@@ -35,7 +55,7 @@ class SequenceSharder(_OpenTypes, EmbeddingCollectionSharder):
     """Shards ``EmbeddingCollection``."""
 
 
-class FusedBagSharder(_OpenTypes, FusedEmbeddingBagCollectionSharder):
+class FusedBagSharder(_OpenTypes, _NamedMeans, FusedEmbeddingBagCollectionSharder):
     """Shards ``FusedEmbeddingBagCollection``."""
 
 

@@ -10,15 +10,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment, TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan, ShardingPlanner
@@ -27,41 +24,36 @@ from torchrec.optim.keyed import KeyedOptimizer
 from lightning_embcomp.checkpoints import saving_group
 from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.methods.dct.codecs import CodecRegistry, PooledThresholding
-from lightning_embcomp.methods.fiited.config import parse_bytes
+from lightning_embcomp.sizes import parse_bytes
 from lightning_embcomp.strategies.checkpointing import DistributedCheckpoints
-from lightning_embcomp.strategies.clipping import clip_grad_norm, spread_parameters
-from lightning_embcomp.strategies.discovery import find_shardable, find_sharded
+from lightning_embcomp.strategies.dense import WrapsDense
+from lightning_embcomp.strategies.discovery import find_shardable
 from lightning_embcomp.strategies.environment import set_local_world_size
 from lightning_embcomp.strategies.errors import ShardingError
 from lightning_embcomp.strategies.evaluation import EmptyLookups, EvaluatesTogether
+from lightning_embcomp.strategies.feeding import FeedsBatches
 from lightning_embcomp.strategies.launching import TableLauncher
 from lightning_embcomp.strategies.lost import explain
-from lightning_embcomp.strategies.moving import move_batch
-from lightning_embcomp.strategies.optimizer_state import plain_parts
-from lightning_embcomp.strategies.optimizers import (
-    FusedRates,
-    drop_fused_parameters,
-    fused_optimizers,
-    is_fused,
-    step_after_closure,
-)
+from lightning_embcomp.strategies.optimizers import is_fused
 from lightning_embcomp.strategies.options import check_fused_params, check_sharding, read_codecs
 from lightning_embcomp.strategies.pipeline import InputPipeline
-from lightning_embcomp.strategies.planning import PlannerFactory, PlanSettings, fused_tables, make_plan
+from lightning_embcomp.strategies.planning import (
+    PlannerFactory,
+    PlanSettings,
+    check_earlier_plans,
+    fused_tables,
+    make_plan,
+)
 from lightning_embcomp.strategies.refusals import check_fused, check_pipeline, check_precision
 from lightning_embcomp.strategies.sharders import SharderFor, default_sharders
-from lightning_embcomp.strategies.sharding import materialise, shard_in_place
-from lightning_embcomp.strategies.wrapping import (
-    has_dense_parameters,
-    ignore_in_ddp,
-    move_dense,
-    sync_dense_states,
-)
+from lightning_embcomp.strategies.sharding import shard_in_place
+from lightning_embcomp.strategies.stepping import StepsOnce
+from lightning_embcomp.strategies.wrapping import ignore_in_ddp, sync_dense_states
 
 _log = logging.getLogger(__name__)
 
 
-class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
+class TorchRecStrategy(StepsOnce, FeedsBatches, EvaluatesTogether, WrapsDense, DistributedCheckpoints):
     """Shards the TorchRec embedding collections of any LightningModule over processes; the rest trains in DDP.
 
     The module needs no change: every ``EmbeddingBagCollection``, ``EmbeddingCollection`` and their fused versions are
@@ -167,13 +159,11 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         self._codecs = codecs
         self._registry: dict[str, QuantizedCommCodecs] | None = None
         self._overlap = pipeline == "sparse_dist"
-        self._pipeline: InputPipeline | None = None
         self._defer_tables = defer_tables
         self.weights_only = weights_only
         self._parameter_order = []
         self.plan: ShardingPlan | None = None
         self._fused_tables: list[str] = []
-        self._rates: FusedRates | None = None
 
     # Processes -----------------------------------------------------------------------------------------------------
 
@@ -200,16 +190,6 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
         if self._registry is None:
             self._registry = read_codecs(self._codecs, self.root_device)
         return self._registry
-
-    @property
-    def sharded_paths(self) -> list[str]:
-        """Paths of the sharded collections in the module."""
-        return [] if self.lightning_module is None else list(self.sharded_modules)
-
-    @property
-    def sharded_modules(self) -> dict[str, nn.Module]:
-        """The sharded collections of the module, by path."""
-        return {} if self.lightning_module is None else find_sharded(self.lightning_module)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -270,7 +250,8 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
                 f"{type(self.checkpoint_io).__name__} has no effect: checkpoints of sharded tables are written by all"
                 " processes together. Leave the plugin out"
             )
-        saving_group()  # a process that dies later breaks this connection, instead of leaving the others waiting
+        # A process that dies later breaks this connection, instead of leaving the others waiting.
+        saving_group(self._timeout)
         check_precision(trainer)
         module = self.lightning_module
         self.shard(module)
@@ -303,190 +284,17 @@ class TorchRecStrategy(EvaluatesTogether, DistributedCheckpoints):
 
     def _adopt(self, module: pl.LightningModule) -> None:
         """Take over collections that an earlier run has sharded."""
-        if self.plan is None:
-            plans = {path: getattr(m, "module_sharding_plan", {}) for path, m in self.sharded_modules.items()}
-            self.plan = ShardingPlan(plans)
-            self._fused_tables = [
-                name.removesuffix(".weight")
-                for path in self.sharded_paths
-                for name, parameter in module.get_submodule(path).named_parameters(prefix=path)
-                if is_fused(parameter)
-            ]
-
-    def model_to_device(self) -> None:
-        """Move the dense rest to the device; tables were built there."""
-        assert self.lightning_module is not None
-        materialise(self.lightning_module, self.root_device)
-        move_dense(self.lightning_module, self.sharded_paths, self.root_device)
-
-    def configure_ddp(self) -> None:
-        """Wrap the module in DDP, with sharded parameters left out; a module of tables alone stays as it is."""
-        assert self.lightning_module is not None
-        if has_dense_parameters(self.lightning_module):
-            super().configure_ddp()
-            return
-        if self._ddp_comm_hook is not None:
-            raise ShardingError("a communication hook has no effect on a module without dense parameters: drop it")
-        sync_dense_states(self.lightning_module)
-
-    def _register_ddp_hooks(self) -> None:
-        if self._ddp_comm_hook is not None:
-            assert isinstance(self.model, DistributedDataParallel)
-            _register_ddp_comm_hook(
-                model=self.model,
-                ddp_comm_state=self._ddp_comm_state,
-                ddp_comm_hook=self._ddp_comm_hook,
-                ddp_comm_wrapper=self._ddp_comm_wrapper,
-            )
-
-    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
-        """Set the communication hook for gradients of the dense rest, before or after the module is wrapped.
-
-        Args:
-            state: Handed to the hook.
-            hook: Called with the state and a bucket; DDP wants it annotated
-                ``-> torch.futures.Future[torch.Tensor]``.
-
-        Raises:
-            ShardingError: If there is a hook already.
-
-        Example:
-            >>> from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-            >>> strategy = TorchRecStrategy()
-            >>> strategy.register_comm_hook(None, bf16_compress_hook)
-        """
-        if self._ddp_comm_hook is not None:
-            name = getattr(self._ddp_comm_hook, "__name__", repr(self._ddp_comm_hook))
-            raise ShardingError(
-                f"DDP takes one communication hook, and {name} is set already: drop ddp_comm_hook=..., or one of the"
-                " callbacks that set a hook"
-            )
-        self._ddp_comm_hook, self._ddp_comm_state = hook, state
-        if isinstance(self.model, DistributedDataParallel):
-            self._register_ddp_hooks()
-
-    # Optimizers ----------------------------------------------------------------------------------------------------
-
-    def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Build the optimizers, and take fused tables out of them.
-
-        Args:
-            trainer: The trainer.
-        """
-        super().setup_optimizers(trainer)
-        modules = list(self.sharded_modules.values())
-        names = self._names()
-        self._parameter_order = [
-            [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
-            for _, optimizer in plain_parts(self.optimizers)
+        known = self.plan.plan if self.plan else {}
+        earlier = {path: sharded for path, sharded in self.sharded_modules.items() if path not in known}
+        plans: dict[str, Any] = {path: getattr(m, "module_sharding_plan", {}) for path, m in earlier.items()}
+        check_earlier_plans(plans, self._settings, others=known)
+        self.plan = ShardingPlan({**known, **plans})
+        self._fused_tables += [
+            name.removesuffix(".weight")
+            for path in earlier
+            for name, parameter in module.get_submodule(path).named_parameters(prefix=path)
+            if is_fused(parameter)
         ]
-        drop_fused_parameters(self.optimizers, (p for m in modules for p in m.parameters() if is_fused(p)))
-        self._rates = FusedRates(fused_optimizers(modules, self.optimizers))
-
-    def setup_precision_plugin(self) -> None:
-        """Connect the precision plugin, and let it clip by the norm over all processes."""
-        super().setup_precision_plugin()
-        # Lightning asks the plugin, whatever its class, and leaves no other place for a strategy.
-        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
-
-    def _clip_grad_by_norm(self, optimizer: torch.optim.Optimizer, clip_val: int | float) -> None:
-        if self._fused_tables:
-            raise ShardingError("gradient clipping does not reach fused tables: train them from configure_optimizers")
-        if clip_val > 0:
-            spread = spread_parameters(self.sharded_modules, self.plan)
-            parameters = list(self.precision_plugin.main_params(optimizer))
-            clip_grad_norm(
-                [p for p in parameters if id(p) in spread],
-                [p for p in parameters if id(p) not in spread],
-                float(clip_val),
-                self.root_device,
-            )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Bring learning rates to the fused tables, which note them in the forward pass, and run the module's step."""
-        if self._rates is not None:
-            self._rates.push()
-        if self._pipeline is None:
-            return super().training_step(*args, **kwargs)
-        self._pipeline.start_step(args[0] if args else next(iter(kwargs.values())), self.batch_to_device)
-        output = super().training_step(*args, **kwargs)
-        self._pipeline.end_step()
-        return output
-
-    def optimizer_step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        closure: Callable[[], Any],
-        model: pl.LightningModule | nn.Module | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """Run the closure exactly once, and step.
-
-        Args:
-            optimizer: The optimizer.
-            closure: Forward and backward pass.
-            model: The module.
-            **kwargs: Arguments for the optimizer's step.
-        """
-        has_scaler = getattr(self.precision_plugin, "scaler", None) is not None  # runs the closure by itself
-        if isinstance(optimizer, KeyedOptimizer) and not has_scaler:
-            assert self.lightning_module is not None
-            return step_after_closure(self.precision_plugin, optimizer, self.lightning_module, closure)
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
-
-    def process_dataloader(self, dataloader: object) -> object:
-        """Look one batch ahead in the training loader, if there is a pipeline.
-
-        Args:
-            dataloader: The loader.
-        """
-        assert self.lightning_module is not None
-        if self._pipeline is None or not self.lightning_module.trainer.training:
-            return dataloader
-        return self._pipeline.wrap(dataloader)
-
-    # Batches -------------------------------------------------------------------------------------------------------
-
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
-        """Move a batch; hooks of the module or data module for it are called as usual.
-
-        Args:
-            batch: The batch.
-            device: Where to move it.
-            dataloader_idx: Index of its loader.
-        """
-        device = device or self.root_device
-        module = self.lightning_module
-        ahead = self._pipeline.moved(batch) if self._pipeline is not None and device == self.root_device else None
-        if ahead is not None:
-            return ahead
-        if module is None:
-            return move_batch(batch, device)
-        trainer = module.trainer
-        selector = trainer._data_connector._datahook_selector
-        owner = selector.get_instance("transfer_batch_to_device") if selector is not None else module
-        base = pl.LightningDataModule if isinstance(owner, pl.LightningDataModule) else pl.LightningModule
-        if type(owner).transfer_batch_to_device is not base.transfer_batch_to_device:
-            return super().batch_to_device(batch, device, dataloader_idx)
-        return module._call_batch_hook("on_after_batch_transfer", move_batch(batch, device), dataloader_idx)
-
-    def on_train_start(self) -> None:
-        """Check that all processes have batches for the same number of steps: a lookup needs all of them.
-
-        Raises:
-            ShardingError: If they have not.
-        """
-        super().on_train_start()
-        assert self.lightning_module is not None
-        if self._pipeline is not None and len(self.lightning_module.trainer.fit_loop._combined_loader.flattened) != 1:  # type: ignore[union-attr]
-            raise ShardingError("pipeline='sparse_dist' works with one training loader: use 'none' with several")
-        counts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(counts, self.lightning_module.trainer.num_training_batches)
-        if len(set(counts)) > 1:
-            raise ShardingError(
-                f"the processes have {counts} training batches, and some would wait for the others for ever: divide the"
-                " data evenly (use_distributed_sampler, drop_last), or set limit_train_batches"
-            )
 
     # End -----------------------------------------------------------------------------------------------------------
 

@@ -226,3 +226,16 @@ def test_what_training_would_refuse_is_said(plan: Plan, tmp_path: Path) -> None:
     )
     _, said, _ = plan("-c", _DLRM, "-c", "adam.yaml", "-c", _FIITED, "--world-size", "2", "--ddr", "1GB")
     assert "Training on several ranks refuses this" in said and "configure_optimizers" in said
+
+
+def test_a_budget_is_planned_by_its_callbacks(plan: Plan, tmp_path: Path) -> None:
+    callback = {"class_path": "lightning_embcomp.CompressionBudget", "init_args": {"ratio": 10, "start": 0.25}}
+    (tmp_path / "budget.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
+    status, said, found = plan("--tables", "tables.yaml", "-c", "budget.yaml", "--world-size", "2", "--hbm", "200MB")
+    assert status == 0, said
+    kept = found["weights_kept"]
+    assert kept["user"] == pytest.approx(0.25, abs=0.02) and set(kept) == {"user", "item", "tiny"}
+    assert found["compressed"]["plan"]["bytes"] < 0.4 * found["plain"]["plan"]["bytes"]
+    said = " ".join(said.split())
+    assert "CompressionBudget[*] works in one process only so far: training on several ranks refuses it" in said
+    assert "the plan is that of its start. Plan again from a checkpoint" in said and "one budget" not in said

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec.optim import RowWiseAdagrad
 
-from lightning_embcomp.planners.options import Machine, PlanInputError, by_glob, parse_size
+from lightning_embcomp.planners.options import Machine, PlanInputError, by_glob
 from lightning_embcomp.planners.tables_file import read_tables
 
 _EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "dlrm_v2.yaml"
@@ -64,12 +64,6 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlanInputError, match="none.yaml: it cannot be read"):
         read_tables(tmp_path / "none.yaml")
-
-
-@pytest.mark.parametrize("text", ["", "many", "10 XB", "-1", "0", "0.1B"])
-def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(PlanInputError, match="is not a size in bytes"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
@@ -36,8 +36,9 @@ from lightning_embcomp.engine.layout import LogicalTable, row_numbers
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.sharded import storage
 from lightning_embcomp.engine.sharded.lookup import ReplicatedLookup, RoutedLookup
+from lightning_embcomp.engine.sharded.means import averaged, bag_lengths, summed_means
 from lightning_embcomp.engine.sharded.norms import GradientNorms
-from lightning_embcomp.engine.sharded.parts import COLUMN_WISE, ROW_WISE, check_plan, local_tables
+from lightning_embcomp.engine.sharded.parts import COLUMN_WISE, check_plan, local_tables
 from lightning_embcomp.engine.sharded.whole import WholeReader
 
 
@@ -98,16 +99,15 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
         super().__init__(module, params, env, None, device, codecs, path)
         # TorchRec's own division mixes features up where one is shared or sharding types are mixed.
         self._has_mean_pooling_callback = False
-        self._summed = {
-            name: feature
-            for config, of_table in zip(configs, outputs, strict=True)
-            if config.pooling == PoolingType.MEAN and params[config.name].sharding_type in ROW_WISE
-            for name, feature in zip(of_table, config.feature_names, strict=True)
-        }
+        self._summed = summed_means(configs, params)
+        seed = torch.tensor([torch.initial_seed() & (1 << 63) - 1], device=device)
+        self.__dict__["seed"] = int(self.group.broadcast(seed, source=0))
 
     group: Group
     spec: ShardedSpec
     norms: GradientNorms
+    seed: int
+    """Seed of first values, that of process 0 everywhere: copies of a table have to draw the same numbers."""
 
     def _create_lookups(self) -> None:
         numbers = row_numbers(self.spec.tables)
@@ -144,7 +144,7 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
         if features.variable_stride_per_key():
             raise ValueError("the features of the batch differ in batch size, which these tables do not support")
         if self._summed:
-            ctx.divisor = {name: features[feature].lengths() for name, feature in self._summed.items()}
+            ctx.divisor = bag_lengths(features, self._summed)
         return super().input_dist(ctx, features)
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
@@ -161,7 +161,7 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
     ) -> LazyAwaitable[KeyedTensor]:
         if self._summed:
             lengths: Any = ctx.divisor
-            awaitable.callbacks.append(lambda pooled: _averaged(pooled, lengths))
+            awaitable.callbacks.append(lambda pooled: averaged(pooled, lengths))
         if self.norms.names and self.training:
             awaitable.callbacks.append(self.norms.watch)
         return awaitable
@@ -345,16 +345,6 @@ class RoutedBagsSharder(EmbeddingBagCollectionSharder):
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """The engine, which TorchRec knows by the name of the fused kernel."""
         return [EmbeddingComputeKernel.FUSED.value]
-
-
-def _averaged(pooled: KeyedTensor, lengths: Mapping[str, Tensor]) -> KeyedTensor:
-    """Divide some features by the lengths of their bags."""
-    keys, widths = pooled.keys(), pooled.length_per_key()
-    parts = [
-        values / lengths[key].clamp(min=1).unsqueeze(1) if key in lengths else values
-        for key, values in zip(keys, pooled.values().split(widths, 1), strict=True)
-    ]
-    return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(parts, 1))
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:

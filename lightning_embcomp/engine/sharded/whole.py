@@ -99,9 +99,9 @@ def whole_tables(reader: Reader) -> dict[str, Tensor]:
             key, tensor = key.removesuffix("row_codes") + "codes", planes.encode(tensor, (int(codes) - 1).bit_length())
         elif kind == "gain" and tensor.dim() == 2:
             tensor = tensor.sum(0)
-        elif ".rows." in key and kind == "momentum1":
+        elif ".rows." in key and kind != "weight":
             # One value per row, or per weight; of cut tables one per row and chunk.
-            weight = reader.shape(name.removesuffix("momentum1") + "weight")
+            weight = reader.shape(name.removesuffix(kind) + "weight")
             tensor = tensor.mean(1) if tensor.dim() == 2 and tensor.shape != weight else tensor
         found[f"{path}.{key}" if path else key] = tensor
     return found

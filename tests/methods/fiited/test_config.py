@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lightning_embcomp import DimensionPruning, Granularity, PruningSchedule
-from lightning_embcomp.methods.fiited.config import check_target, parse_bytes
+from lightning_embcomp.methods.fiited.config import check_target
+from lightning_embcomp.sizes import parse_bytes
 
 
 @pytest.mark.parametrize(
