@@ -20,6 +20,7 @@ from lightning_embcomp.export.pipeline import ExportOptions, ExportReport, expor
 from lightning_embcomp.export.sources import hosts_of
 from lightning_embcomp.export.validation import check_validation, validation_batches
 from lightning_embcomp.export.view import SWITCHED_OFF, render
+from lightning_embcomp.installation import sharding_strategy
 from lightning_embcomp.report.checkpoint import open_checkpoint
 
 
@@ -85,10 +86,19 @@ class ModelExport(pl.Callback):
         """Distinct for instances with different folders."""
         return f"ModelExport[{self.dirpath}]"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs methods of the module on the callback for logging, anew in every run.
+        return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find out before the training whether there is a place to write to."""
         if stage != "fit":
             return
+        if sharding_strategy(trainer) is not None:
+            raise ExportError(
+                f"{self.state_key}: no process holds all rows of sharded tables. Leave the callback out, and run"
+                " `embcomp consolidate` and `embcomp export` on a checkpoint"
+            )
         check_target(Path(self.dirpath), self.options.overwrite)
         if self.checkpoint == "best" and _best(trainer) is None:
             raise ExportError(

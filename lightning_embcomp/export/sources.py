@@ -44,7 +44,10 @@ def hosts_of(root: nn.Module, *, trained: bool = True) -> list[ExportHost]:
     """
     hosts = [describe(view, trained=trained) for view in find_hosts(root)]
     if not hosts:
-        raise ExportError(f"{type(root).__name__} holds no embedding table: there is nothing to export")
+        raise ExportError(
+            f"{type(root).__name__} holds no embedding table: there is nothing to export. Sharded tables are exported"
+            " from a checkpoint: embcomp consolidate, then embcomp export --ckpt"
+        )
     return hosts
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_embcomp.strategies.errors import ShardingError
 
+AVERAGING = tuple(
+    getattr(callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(callbacks, name)  # the second came with Lightning 2.6
+)
+"""Lightning's callbacks that average parameters."""
 _TRUE_PRECISIONS = ("16-true", "bf16-true", "64-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -23,6 +30,20 @@ def check_precision(trainer: pl.Trainer) -> None:
             f"precision={trainer.precision!r} converts all parameters, which would part sharded tables from the memory"
             " that their lookups read. Use 'bf16-mixed', and set the tables' own type by EmbeddingBagConfig(data_type=)"
         )
+
+
+def check_averaging(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that keep a copy of the module, whose tables would be whole or missing.
+
+    Raises:
+        ShardingError: With the callback and the reason.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AVERAGING):
+            raise ShardingError(
+                f"{type(callback).__name__} averages a copy of the module that was made before its tables were sharded:"
+                " leave it out, or train in one process without sharding (strategy='auto')"
+            )
 
 
 def check_fused(trainer: pl.Trainer, tables: Sequence[str]) -> None:

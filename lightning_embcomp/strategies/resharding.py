@@ -93,6 +93,11 @@ class ReshardOnImbalance(pl.Callback):
         self._moving: dict[str, _Moving] = {}
         self._handles: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Sharded modules belong to their process; Lightning hangs methods of the module on the callback for logging.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "_moving": {}, "_handles": []}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that tables can be moved, and start to count.
 

@@ -44,7 +44,7 @@ from lightning_embcomp.strategies.planning import (
     fused_tables,
     make_plan,
 )
-from lightning_embcomp.strategies.refusals import check_fused, check_pipeline, check_precision
+from lightning_embcomp.strategies.refusals import check_averaging, check_fused, check_pipeline, check_precision
 from lightning_embcomp.strategies.sharders import SharderFor, default_sharders
 from lightning_embcomp.strategies.sharding import shard_in_place
 from lightning_embcomp.strategies.stepping import StepsOnce
@@ -253,6 +253,7 @@ class TorchRecStrategy(StepsOnce, FeedsBatches, EvaluatesTogether, WrapsDense, D
         # A process that dies later breaks this connection, instead of leaving the others waiting.
         saving_group(self._timeout)
         check_precision(trainer)
+        check_averaging(trainer)
         module = self.lightning_module
         self.shard(module)
         if not self.sharded_modules:

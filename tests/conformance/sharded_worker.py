@@ -16,7 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lightning_embcomp import MixedPrecisionSearch, PrecisionSearch
+from lightning_embcomp import (
+    EmbeddingTrafficMonitor,
+    GradientThresholding,
+    MixedPrecisionSearch,
+    PooledThresholding,
+    PrecisionSearch,
+    ReshardOnImbalance,
+)
 from lightning_embcomp.data import ClickLogDataModule, Split
 from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.layout import LogicalTable, Shard
@@ -25,8 +32,21 @@ from lightning_embcomp.strategies import TorchRecStrategy, checkpointing
 from lightning_embcomp.strategies.weights import local_pieces
 from lightning_embcomp.surgery import part_of
 from tests.conformance.cases import CASES, data, trainer
+from tests.conformance.matrix import on_one_rank
 
-STEPS, ROWS = 50, 128
+STEPS, ROWS = 25, 128
+EXCHANGES: dict[str, tuple[pl.Callback, dict[str, Any]]] = {
+    "GradientThresholding": (GradientThresholding(1.0, warmup_steps=2), {}),
+    "EmbeddingTrafficMonitor": (
+        EmbeddingTrafficMonitor(),
+        {"codecs": PooledThresholding(forward="fp32", backward="fp32")},
+    ),
+    "ReshardOnImbalance": (
+        ReshardOnImbalance(every_n_steps=5),
+        {"planner": on_one_rank, "fused_params": {"optimizer": "sgd", "learning_rate": 1.0}},
+    ),
+}
+"""Callbacks of what processes exchange, and what the strategy needs for them; alone there is nothing to compare."""
 Batch = tuple[torch.Tensor, KeyedJaggedTensor, torch.Tensor]
 
 
@@ -69,6 +89,7 @@ class ShareDataModule(pl.LightningDataModule):
         super().__init__()
         source: Any = data() if folder == "synthetic" else criteo(folder, cache)
         source.setup("fit")
+        steps = steps if folder == "synthetic" else 12
         self.features, self.num_dense = source.features, source.num_dense
         self.id_counts = source.id_counts
         batches = []
@@ -87,9 +108,11 @@ def module(name: str, optimizer: str, source: ShareDataModule) -> ClickModel:
     torch.manual_seed(7)
     settings: dict[str, Any] = {"features": source.features, "num_dense": source.num_dense}
     settings |= {"embedding_dim": 16, "dense_layers": (8,), "over_layers": (16,), "dense_optimizer": "sgd"}
-    if name != "plain":
+    if name in CASES:
         optimizer = CASES[name].optimizers.get(optimizer, optimizer)
     rates = {"embedding_lr": 1.0 if optimizer == "sgd" else 0.05, "dense_lr": 0.05}
+    if name == "ReshardOnImbalance":
+        optimizer = "none"  # the strategy gives the tables theirs; in one process they are trained from outside
     built = ClickModel(embedding_optimizer=optimizer, **settings, **rates)
     built.configure_model()
     return built
@@ -113,6 +136,8 @@ class Killer(pl.Callback):
 def callbacks_of(name: str) -> list[pl.Callback]:
     if name == "plain":
         return []
+    if name in EXCHANGES:
+        return [EXCHANGES[name][0]] if os.environ["WORLD_SIZE"] != "1" else []
     if name == "mpe":
         # Tables that start anew after the search draw other numbers on each process.
         search = PrecisionSearch(steps=2, groups=16, frequency="rank", reset=False)
@@ -137,7 +162,8 @@ def fit_sharded(
     if kind == "mixed":
         first, second = (feature.name for feature in source.features[:2])
         sharding = {f"*{first}": "row_wise", f"*{second}": "column_wise", "*": "table_wise"}
-    strategy = TorchRecStrategy(sharding=sharding, timeout=timedelta(seconds=100))
+    more: dict[str, Any] = EXCHANGES[name][1] if name in EXCHANGES else {}
+    strategy = TorchRecStrategy(sharding=sharding, timeout=timedelta(seconds=100), **more)
     return fit(name, optimizer, source, strategy, devices=int(os.environ["WORLD_SIZE"]), **settings)
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from lightning_embcomp import TorchRecStrategy
 from tests.processes import run_processes
+
+from .bench import Bench
+from .matrix import MATRIX, SHARDED
 
 WORKER = "tests.conformance.sharded_worker"
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel")
@@ -27,7 +31,11 @@ RUNS = {
     ],
     "mpe": ["sgd:table_wise", "sgd:row_wise", "rowwise_adagrad:row_wise", "sgd:data_parallel"],
     "frequency_lr": [f"sgd:{kind}" for kind in (*SHARDINGS, "mixed")],
+    "GradientThresholding": ["sgd:table_wise", "rowwise_adagrad:row_wise"],
+    "EmbeddingTrafficMonitor": ["sgd:table_wise", "sgd:column_wise"],
+    "ReshardOnImbalance": ["sgd:table_wise"],
 }
+SHORT = {"fiited": "DimensionPruning", "mpe": "MixedPrecisionSearch", "frequency_lr": "FrequencyAwareLR"}
 
 
 def results(said: list[str]) -> list[dict[str, Any]]:
@@ -49,6 +57,20 @@ def test_two_processes_equal_one(name: str, tmp_path: Path) -> None:
     runs = [f"{name}:{run}" for run in RUNS[name]]
     references("synthetic", tmp_path, runs)
     assert_close(run_processes(2, WORKER, "compare", "synthetic", str(tmp_path), *runs))
+
+
+def test_every_callback_is_compared_or_refused() -> None:
+    compared = {SHORT.get(name, name) for name in RUNS} - {"plain"}
+    refused = {name for name, case in MATRIX.items() if SHARDED in case.refuses}
+    assert compared | refused == MATRIX.keys() and not compared & refused
+
+
+@pytest.mark.parametrize("name", [name for name, case in MATRIX.items() if SHARDED in case.refuses])
+def test_refused(name: str, tmp_path: Path) -> None:
+    bench, refusal = Bench(MATRIX[name], tmp_path), MATRIX[name].refuses[SHARDED]
+    runner = bench.trainer(bench.callback(), strategy=TorchRecStrategy, devices=1)
+    with pytest.raises(refusal.error, match=refusal.says):
+        runner.callbacks[0].setup(runner, bench.model(built=True), "fit")  # type: ignore[attr-defined]
 
 
 def test_four_processes_equal_one(tmp_path: Path) -> None:
@@ -74,7 +96,7 @@ def test_checkpoints_resume_anywhere(name: str, tmp_path: Path) -> None:
             f"{spec}:table_wise:row_wise",
         )
     )
-    for processes in (1, 4):
+    for processes in (1, 4) if name == "fiited" else (1,):
         assert_close(
             run_processes(processes, WORKER, "resume", "synthetic", str(tmp_path), f"{spec}:row_wise:row_wise")
         )

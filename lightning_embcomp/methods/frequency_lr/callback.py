@@ -53,6 +53,9 @@ class FrequencyAwareLR(CompressionCallback):
     strategy may shard them over processes: the rates are those of one process with the global batch. Tables that the
     module has sharded with TorchRec by itself are trained by FBGEMM's ``COUNTER_SGD`` (``backend="fbgemm"``).
 
+    Multipliers end with the fit: the module then trains on at the rate of its optimizer, counters kept. With
+    ``backend="fbgemm"`` the tables keep ``COUNTER_SGD``.
+
     Logged every ``log_every_n_steps``: ``frequency_lr/rate_decile_0`` to ``_9`` (mean rate of the rarest to the most
     frequent tenth of the rows seen, from a sample) and ``frequency_lr/bytes_per_row``. With table globs other than
     ``*`` the group is called ``frequency_lr[globs]``.
@@ -131,6 +134,8 @@ class FrequencyAwareLR(CompressionCallback):
         found = select_sharded(pl_module, self.patterns, self.state_key)
         if not found:
             super().setup(trainer, pl_module, stage)
+            if isinstance(self.rates, FrequencyRates):
+                self.rates.put_on()  # again, where an earlier fit has taken them off
             return
         if self.backend != "fbgemm":
             raise SetupError(
@@ -203,6 +208,20 @@ class FrequencyAwareLR(CompressionCallback):
             return
         values = {f"{group}/rate_decile_{i}": float(rate) for i, rate in enumerate(deciles)}
         pl_module.log_dict(values | {f"{group}/bytes_per_row": held})
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave tables that learn at the rate of their optimizer, should they be trained on without the callback."""
+        self._take_off()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Do the same where a run ends early."""
+        self._take_off()
+
+    def _take_off(self) -> None:
+        if isinstance(self.rates, FrequencyRates):
+            self.rates.take_off()
+        for rows, _ in self._trained_rows():
+            rows.learning_rate = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must find again; counters are part of the module's state."""

@@ -65,10 +65,12 @@ class FrequencyRates:
         self.cap = math.inf if max_rate is None else max_rate
         self.group = group_of(tables)
         self._sources: dict[int, RunningRates | KnownFrequencies] = {}
+        self._rates: list[tuple[RoutedEmbeddings, int, TableRates, str]] = []
         hosts = hosts_of(tables)
         with refused_together(self.group):
             for engine in {id(engine): engine for host in hosts for engine in host.engines}.values():
                 self._use_engine(engine, owner)
+            self.put_on()
         if form != "known":
             agree_on_time([host.engines for host in hosts], self.group)
 
@@ -76,8 +78,18 @@ class FrequencyRates:
         mine = [(shard, table) for table in self.tables for shard in table.shards if shard.engine is engine]
         source = self._source(engine, [shard.index for shard, _ in mine], owner)
         self._sources[id(engine)] = source
-        for shard, table in mine:
-            set_rates(engine, shard.index, TableRates(source, self.cap), table.name)
+        self._rates += [(engine, shard.index, TableRates(source, self.cap), table.name) for shard, table in mine]
+
+    def put_on(self) -> None:
+        """Let the rows of the tables follow their multipliers."""
+        for engine, index, rates, name in self._rates:
+            set_rates(engine, index, rates, name)
+
+    def take_off(self) -> None:
+        """Let the rows of the tables learn at the rate of their optimizer again; counters stay."""
+        for engine, index, _, _ in self._rates:
+            engine.counting.rates.pop(index, None)
+            engine.counting.changed()
 
     def _source(self, engine: RoutedEmbeddings, tables: Sequence[int], owner: str) -> RunningRates | KnownFrequencies:
         if self.form != "known":

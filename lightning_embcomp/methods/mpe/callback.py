@@ -104,6 +104,8 @@ class MixedPrecisionSearch(CompressionCallback):
             if isinstance(callback, MixedPrecisionSearch):
                 callback._data = getattr(trainer, "datamodule", None)
                 callback._fitting = stage == "fit"
+        if stage == "fit":
+            self.owned = []  # a fit starts its optimizers anew, those of the steps and logits as well
         super().setup(trainer, pl_module, stage)
 
     def on_tables_ready(self, fresh: bool) -> None:

@@ -38,6 +38,11 @@ class EmbeddingTrafficMonitor(pl.Callback):
         self._before: dict[str, Traffic] = {}
         self._since = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Codecs belong to the strategy of a run; Lightning hangs methods of the module on the callback for logging.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "_codecs": [], "_before": {}}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the codecs.
 
