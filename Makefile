@@ -4,7 +4,7 @@
 #   make lint               ruff and mypy
 #   make format             let ruff rewrite the files
 #   make docs               build the documentation into site/
-#   make bench              a few points of the Pareto fronts on a made-up log (three minutes); see benchmarks/README.md
+#   make bench              a few points of the Pareto fronts on a made-up log (about a minute); see benchmarks/README.md
 #   make plots              draw the figures of benchmarks/results anew
 #   make install            set-up alone; STACK=cuda for the CUDA build
 #   make clean              remove the environment
