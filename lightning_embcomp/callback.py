@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_embcomp.composition import STAGES, Property
 from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.engine.host import EngineHost, HeldTable
+from lightning_embcomp.engine.row_class import TrainedRows
 from lightning_embcomp.errors import NonFiniteLossError, SetupError
+from lightning_embcomp.evaluation_guard import PlainEvaluation, plain_evaluation
 from lightning_embcomp.installation import Cuts, install, sharding_strategy, sources
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.surgery import fill
@@ -40,8 +43,13 @@ class CompressionCallback(pl.Callback):
     follows_shards: ClassVar[bool] = False
     """Whether the method works where tables are spread over processes."""
 
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """Types of device that the method runs on."""
+
     changes_values: ClassVar[bool] = True
     """Whether a model that was not trained with the callback would predict something else under it."""
+
+    _plain: PlainEvaluation | None = None
 
     def __init__(self, tables: str | Sequence[str] = "*") -> None:
         self.patterns: tuple[str, ...] = (tables,) if isinstance(tables, str) else tuple(tables)
@@ -81,11 +89,18 @@ class CompressionCallback(pl.Callback):
                 f" {trainer.world_size} processes. Use strategy='torchrec', which shards them, or one process"
                 " (devices=1)"
             )
-        if trainer.strategy.root_device.type != "cpu":
+        device = trainer.strategy.root_device
+        if device.type not in self.devices or (strategy is not None and device.type != "cpu"):
+            where = ", ".join(self.devices) if strategy is None else "cpu where tables are sharded"
             raise SetupError(
-                f"{self.state_key}: the engine runs on CPU so far, not on {trainer.strategy.root_device}. Use"
-                " Trainer(accelerator='cpu')"
+                f"{self.state_key}: runs on {where} so far, not on {device}. Use Trainer(accelerator='cpu')"
             )
+        if trainer.precision in ("64-true", "bf16-true", "16-true"):
+            raise SetupError(
+                f"{self.state_key}: precision={trainer.precision!r} changes the dtype of every weight, but lookups give"
+                " float32. Use precision='32-true', or 'bf16-mixed' to compute in half the bytes"
+            )
+        check_averaging(trainer, self.state_key)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put engines under the tables of all callbacks, before anything is moved, wrapped or optimised."""
@@ -94,10 +109,10 @@ class CompressionCallback(pl.Callback):
             callback.check_trainer(trainer)
         with _unbuilt_on_error(pl_module):
             hosts = _build_model(pl_module, callbacks)
-            for callback in callbacks:
-                if stage != "fit" and trainer.ckpt_path is None and callback.changes_values:
-                    _refuse_plain_evaluation(hosts, stage, callback)
+            plain = None if stage == "fit" else plain_evaluation(pl_module, hosts, stage, callbacks)
             install(trainer, pl_module, hosts, callbacks)
+            if plain is not None:
+                plain.callback._plain = plain
         for callback in callbacks:
             callback._take_over(pl_module)
 
@@ -122,6 +137,7 @@ class CompressionCallback(pl.Callback):
         """Check that the engines are still part of the module, and that the trainer's settings reach their tables."""
         if any(table.host.options.optimizer is not None for table in self.owned):
             check_fused_settings(trainer, self.state_key)
+        check_trained(trainer, pl_module, self.owned, self.state_key)
         present = {id(module) for module in pl_module.modules()}
         for table in self.owned:
             if id(table.host) not in present:
@@ -136,10 +152,38 @@ class CompressionCallback(pl.Callback):
                     " are built in __init__: build all of them in one place"
                 )
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to measure a plain model that was compressed for it; in a fit there is none."""
+        self._end_plain_evaluation(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As for validation."""
+        self._end_plain_evaluation(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As for validation."""
+        self._end_plain_evaluation(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave a model plain that could not be evaluated, for example because its checkpoint does not exist."""
+        plain, self._plain = self._plain, None
+        if plain is not None:
+            plain.put_back(trainer, pl_module)
+
+    def _end_plain_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning says only after setup whether a checkpoint is loaded.
+        plain, self._plain = self._plain, None
+        if plain is not None and trainer.ckpt_path is None:
+            plain.put_back(trainer, pl_module)
+            raise SetupError(
+                f"{self.state_key}: {plain.stage} would compress table {plain.table!r} of a plain model before"
+                " measuring it. Give ckpt_path of a compressed run, or leave the callback out"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         # The tables belong to the module: a copy of the callback finds those of its module in setup. Lightning hangs
         # methods of the module on the callback for logging, anew in every run.
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict", "_plain")}
         return {**kept, "owned": []}
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -176,13 +220,20 @@ def _unbuilt_on_error(pl_module: pl.LightningModule) -> Iterator[None]:
         raise
 
 
-def _refuse_plain_evaluation(hosts: Sequence[HostView], stage: str, callback: CompressionCallback) -> None:
-    """Refuse to compress a plain model with weights only to measure it."""
-    for table in select_tables(hosts, callback.patterns, callback.state_key):
-        if table.weight is not None and not table.weight.is_meta:
+def check_trained(trainer: pl.Trainer, pl_module: pl.LightningModule, tables: Sequence[HeldTable], who: str) -> None:
+    """Refuse optimizers that were built over the plain tables, so that the compressed ones would not train."""
+    given = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    stale = {id(parameter) for parameter in given} - {id(parameter) for parameter in pl_module.parameters()}
+    if not stale:
+        return
+    trained = {id(parameter) for parameter in given}
+    for table in tables:
+        rows = [rows.parameter for e in table.host.engines for rows in e.classes if isinstance(rows, TrainedRows)]
+        if any(parameter.requires_grad and id(parameter) not in trained for parameter in rows):
             raise SetupError(
-                f"{callback.state_key}: {stage} would compress table {table.name!r} of a plain model before measuring"
-                " it. Give ckpt_path of a compressed run, or leave the callback out"
+                f"{who}: no optimizer trains the rows of table {table.name!r}, and one holds parameters that are not"
+                " part of the module any more: it was built before the table was compressed. Build the optimizer in"
+                " configure_optimizers, from self.parameters(), not in __init__"
             )
 
 
@@ -198,6 +249,23 @@ def check_fused_settings(trainer: pl.Trainer, who: str) -> None:
             raise SetupError(
                 f"{who}: {setting} does not reach tables whose optimizer runs inside the backward pass. Leave it out,"
                 " or train the tables from configure_optimizers"
+            )
+
+
+_AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)  # the second came with Lightning 2.6
+)
+
+
+def check_averaging(trainer: pl.Trainer, who: str) -> None:
+    """Refuse callbacks that average parameters, whose average would be of other rows, or of the dense part alone."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, _AVERAGING):
+            raise SetupError(
+                f"{who}: {type(other).__name__} averages parameters by their position, but rows of compressed tables"
+                " move while they train, and tables with a fused optimizer are no parameters. Leave it out"
             )
 
 

@@ -7,19 +7,21 @@ from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingPlanner
 
 from lightning_embcomp.composition import Ownership
 from lightning_embcomp.engine.host import EngineHost
-from lightning_embcomp.engine.layout import ChunkLayout
+from lightning_embcomp.engine.layout import LANES, ChunkLayout
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.sharded.collection import RoutedBagsSharder
 from lightning_embcomp.errors import SetupError
 from lightning_embcomp.planners.callbacks import FootprintCallback, callback_footprints
 from lightning_embcomp.planners.planner import CompressionAwarePlanner
+from lightning_embcomp.references import check_references
 from lightning_embcomp.surgery import build_host, fill, replace, sharded_spec
-from lightning_embcomp.tables import HostView, find_hosts, select_tables
+from lightning_embcomp.tables import HostView, find_hosts, left_plain, select_tables
 
 Cuts = Mapping[str, tuple[int, ChunkLayout]]
 """Chunks and layout by unique table name."""
@@ -88,6 +90,9 @@ def install(
         if unallocated or any(table.name in claimed for table in host.tables):
             _check_untied(pl_module, host)
             wanted.append(host)
+    check_references(pl_module, wanted)
+    if wanted:
+        _warn_of_plain(hosts, callbacks)
     strategy = sharding_strategy(trainer)
     if strategy is None:
         for host in wanted:
@@ -97,6 +102,16 @@ def install(
         _shard(trainer, strategy, pl_module, wanted, callbacks, cuts)
     for host in wanted:
         _start(pl_module.get_submodule(host.path), host, cuts)
+
+
+def _warn_of_plain(hosts: Sequence[HostView], callbacks: Sequence[FootprintCallback]) -> None:
+    left = {table.name: table.dim for c in callbacks for table in left_plain(hosts, c.patterns)}
+    if left:
+        rank_zero_warn(
+            f"tables whose dim is no multiple of {LANES} stay as they are: "
+            + ", ".join(f"{name} (dim {dim})" for name, dim in left.items())
+            + f". Pad them to compress them, or exclude them (tables={['*', *(f'!{name}' for name in left)]})"
+        )
 
 
 def _shard(

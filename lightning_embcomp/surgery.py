@@ -26,6 +26,7 @@ from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOp
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.sharded.collection import ShardedRoutedBags, ShardedSpec
+from lightning_embcomp.engine.sharded.copies import from_first
 from lightning_embcomp.tables import PLAIN_HOSTS, HostView, TableView, in_backward_optimizer
 
 _ROUTED_HOSTS = (RoutedEmbeddingBagCollection, RoutedEmbeddingCollection, RoutedEmbeddingBag, RoutedEmbedding)
@@ -77,16 +78,16 @@ def sharded_spec(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], de
     """
     if type(host.module) not in (EmbeddingBagCollection, FusedEmbeddingBagCollection):
         raise UnsupportedTableError(
-            f"{host.path!r} is a {type(host.module).__name__}; of the modules that TorchRec shards, only"
-            " EmbeddingBagCollection and FusedEmbeddingBagCollection can be compressed. Leave it out of the callback,"
-            " or train with one process"
+            f"table {host.tables[0].name!r} is held by {type(host.module).__name__}; of the modules that TorchRec"
+            " shards, only EmbeddingBagCollection and FusedEmbeddingBagCollection can be compressed. Leave it out of"
+            " the callback (tables), or train with one process (strategy='auto')"
         )
     logical, options = _stored(host, cuts, device)
     if options.optimizer is None:
         raise UnsupportedTableError(
-            f"the tables of {host.path!r} are trained by an optimizer of configure_optimizers, whose state cannot"
-            " follow rows over processes: give them a fused one (apply_optimizer_in_backward), or train with one"
-            " process"
+            f"table {host.tables[0].name!r} is trained by an optimizer of configure_optimizers, whose state cannot"
+            " follow rows over processes: give the tables of its collection a fused one (apply_optimizer_in_backward),"
+            " or train with one process (strategy='auto')"
         )
     return ShardedSpec(tuple(logical), options)
 
@@ -104,7 +105,7 @@ def fill(routed: EngineHost, table: int, host: HostView) -> None:
     """Give the live rows of a table their first values: those of the plain table, or of its initialiser.
 
     A table on the meta device is initialised in place, live weights only; the full table never exists. Shards draw
-    numbers of their own.
+    numbers of their own; copies are equal, and those of a plain table are process 0's.
 
     Args:
         routed: Stand-in of ``host``.
@@ -113,11 +114,14 @@ def fill(routed: EngineHost, table: int, host: HostView) -> None:
     """
     view = host.tables[table]
     assert view.weight is not None
+    weight = view.weight.detach()
+    if isinstance(routed, ShardedRoutedBags) and routed.is_replicated(table) and not weight.is_meta:
+        weight = from_first(routed, weight)
     for shard in routed.shards(table):
-        if view.weight.device.type != "meta":
-            warm_start(shard.engine, {shard.index: part_of(view.weight.detach(), shard.logical)})
+        if not weight.is_meta:
+            warm_start(shard.engine, {shard.index: part_of(weight, shard.logical)})
         else:
-            _initialise(shard, _initialiser(host, view))
+            _initialise(shard, _initialiser(host, view), _seed(routed))
 
 
 def part_of(weight: Tensor, table: LogicalTable) -> Tensor:
@@ -128,14 +132,18 @@ def part_of(weight: Tensor, table: LogicalTable) -> Tensor:
     return weight[row : row + table.rows, column : column + table.dim]
 
 
-def _initialise(shard: TableShard, init: Callable[[Tensor], Any], *, again: bool = False) -> None:
+def _seed(routed: EngineHost) -> int:
+    return routed.seed if isinstance(routed, ShardedRoutedBags) else torch.initial_seed()
+
+
+def _initialise(shard: TableShard, init: Callable[[Tensor], Any], seed: int, *, again: bool = False) -> None:
     part = shard.logical.shard
     if part is None:
         shard.engine.initialise(shard.index, init)
         return
     # Copies of rows draw the same numbers, other parts others; the state of the generator stays equal everywhere.
     with torch.random.fork_rng(devices=[]):
-        seed = hash((torch.initial_seed(), part.number, part.first_column, *([again] if again else [])))
+        seed = hash((seed, part.number, part.first_column, *([again] if again else [])))
         torch.manual_seed(seed & 0x7FFFFFFF)
         shard.engine.initialise(shard.index, init)
 
@@ -160,7 +168,7 @@ def reinitialise(routed: EngineHost, table: int, optimizers: Sequence[torch.opti
     configs = table_configs(routed)
     init = nn.init.normal_ if configs is None else _configured_initialiser(configs[table])
     for shard in routed.shards(table):
-        _initialise(shard, init, again=True)
+        _initialise(shard, init, _seed(routed), again=True)
         shard.engine.clear_row_state(shard.index, optimizers)
 
 
@@ -234,7 +242,7 @@ def write_table(engine: RoutedEmbeddings, table: int, weight: Tensor) -> None:
     precision = engine.precision(table)
     if precision is None and engine.values is not None and engine.values.tensors(table):
         raise ValueError(
-            f"the bits of table {engine.tables[table].name!r} are still being searched: end the search first"
+            f"the bits of table {engine.tables[table].label!r} are still being searched: end the search first"
         )
     for start, stop in slabs(engine.tables[table].rows):
         rows = engine.read_rows(table, start, stop)
@@ -243,7 +251,14 @@ def write_table(engine: RoutedEmbeddings, table: int, weight: Tensor) -> None:
 
 def _logical(table: TableView, cuts: Mapping[str, tuple[int, ChunkLayout]]) -> LogicalTable:
     chunks, layout = cuts.get(table.name, (1, "prefix"))
-    return LogicalTable(name=table.key or PLAIN_TABLE, rows=table.rows, dim=table.dim, chunks=chunks, layout=layout)
+    return LogicalTable(
+        name=table.key or PLAIN_TABLE,
+        rows=table.rows,
+        dim=table.dim,
+        chunks=chunks,
+        layout=layout,
+        path="" if table.key else table.host,
+    )
 
 
 def what_a_stand_in_loses(module: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
 from lightning_embcomp.engine.host import EngineHost
-from lightning_embcomp.engine.layout import PLAIN_TABLE
+from lightning_embcomp.engine.layout import LANES, PLAIN_TABLE
 
 PLAIN_HOSTS = (
     EmbeddingBagCollection,
@@ -108,7 +108,8 @@ def select_tables(hosts: Sequence[HostView], patterns: Sequence[str], who: str) 
     Args:
         hosts: Modules to choose from.
         patterns: Globs; ``*`` matches every table. One that starts with ``!`` excludes what it matches from what the
-            others select; without others, from all tables.
+            others select; without others, from all tables. Single tables that only wildcards match are left out if
+            their dim is no multiple of 4, which the engine needs.
         who: Name of the caller for the error.
 
     Returns:
@@ -127,22 +128,58 @@ def select_tables(hosts: Sequence[HostView], patterns: Sequence[str], who: str) 
     for pattern in patterns:
         if not any(table.matches(pattern.removeprefix("!")) for table in tables):
             raise UnknownTableError(f"{who}: no embedding table matches {pattern!r}. Tables of the model: {names}")
-    excluded = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
-    included = [pattern for pattern in patterns if not pattern.startswith("!")]
-    if excluded and not included:
-        included = ["*"]
-    chosen = [
-        table
-        for table in tables
-        if any(table.matches(pattern) for pattern in included)
-        and not any(table.matches(pattern) for pattern in excluded)
-    ]
+    chosen = _matching(tables, patterns)
+    left = {table.name for table in _left_plain(chosen, patterns)}
+    if patterns and chosen and len(left) == len(chosen):
+        raise UnknownTableError(
+            f"{who}: {', '.join(map(repr, patterns))} match only tables whose dim is no multiple of {LANES}, which"
+            f" cannot be compressed: pad their dim. Tables: {', '.join(f'{t.name} (dim {t.dim})' for t in chosen)}"
+        )
     if patterns and not chosen:
         raise UnknownTableError(
             f"{who}: {', '.join(map(repr, patterns))} leave no embedding table: exclude fewer. Tables of the model:"
             f" {names}"
         )
-    return chosen
+    return [table for table in chosen if table.name not in left]
+
+
+def left_plain(hosts: Sequence[HostView], patterns: Sequence[str]) -> list[TableView]:
+    """Tables that the patterns match, but that :func:`select_tables` leaves as they are.
+
+    These are single tables, outside of collections, whose dim is no multiple of 4 and which no pattern names exactly.
+
+    Args:
+        hosts: Modules to choose from.
+        patterns: Globs as for :func:`select_tables`.
+
+    Example:
+        >>> hosts = find_hosts(nn.ModuleDict({"user": nn.Embedding(5, 4), "wide": nn.Embedding(5, 1)}))
+        >>> [table.name for table in left_plain(hosts, ["*"])], left_plain(hosts, ["*", "wide"])
+        (['wide'], [])
+    """
+    return _left_plain(_matching([table for host in hosts for table in host.tables], patterns), patterns)
+
+
+def _matching(tables: Sequence[TableView], patterns: Sequence[str]) -> list[TableView]:
+    excluded = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    included = [pattern for pattern in patterns if not pattern.startswith("!")]
+    if excluded and not included:
+        included = ["*"]
+    return [
+        table
+        for table in tables
+        if any(table.matches(pattern) for pattern in included)
+        and not any(table.matches(pattern) for pattern in excluded)
+    ]
+
+
+def _left_plain(chosen: Sequence[TableView], patterns: Sequence[str]) -> list[TableView]:
+    exact = [pattern for pattern in patterns if not pattern.startswith("!") and not set(pattern) & set("*?[")]
+    return [
+        table
+        for table in chosen
+        if not table.key and table.dim % LANES and not any(table.matches(pattern) for pattern in exact)
+    ]
 
 
 def in_backward_optimizer(weight: Any) -> tuple[type[torch.optim.Optimizer], Mapping[str, Any]] | None:  # noqa: ANN401

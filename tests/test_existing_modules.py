@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
-from lightning_embcomp import DimensionPruning, PruningSchedule
+from lightning_embcomp import DimensionPruning, Granularity, PruningSchedule
 from lightning_embcomp.engine.hosts import RoutedEmbedding, RoutedEmbeddingBag
 from lightning_embcomp.surgery import UnsupportedTableError, to_plain
+from lightning_embcomp.tables import TableView
 
 ROWS, DIM, SCHEDULE = 300, 16, PruningSchedule(every_n_steps=4, early_steps=(2,))
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -238,5 +240,83 @@ def test_ids_outside_a_table_are_named() -> None:
         def pooled(self, ids: Tensor, weights: Tensor) -> Tensor:
             return self.table(ids + ROWS)
 
-    with pytest.raises(IndexError, match=f"is outside table .* with {ROWS} rows"):
+    with pytest.raises(IndexError, match=f"is outside table .table. with {ROWS} rows"):
         fit(Shifted(), 1)
+
+
+class Sizes(Sum):
+    """Tables of several dims: 20 divides into whole rows only, 8 into two chunks, 1 into none."""
+
+    def build(self) -> None:
+        self.table = nn.EmbeddingBag(ROWS, DIM, mode="sum")
+        self.narrow = nn.EmbeddingBag(ROWS, 8, mode="sum")
+        self.odd = nn.EmbeddingBag(ROWS, 20, mode="sum")
+        self.offset = nn.EmbeddingBag(ROWS, 1, mode="sum")
+
+    def pooled(self, ids: Tensor, weights: Tensor) -> Tensor:
+        narrow, odd = self.narrow(ids).repeat(1, 2), self.odd(ids)[:, :DIM]
+        return self.table(ids) + narrow + odd + self.offset(ids)
+
+
+def test_each_table_is_cut_as_finely_as_its_dim_allows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = Sizes()
+    with pytest.warns(UserWarning, match=r"no multiple of 4 stay as they are: offset \(dim 1\)\..*'!offset'"):
+        trainer = fit(module, 2)
+    assert "'narrow' of dim 8 into 2 × 4; 'odd' of dim 20 into 1 × 20 columns" in caplog.text
+    engines: list[Any] = [module.table, module.narrow, module.odd]
+    assert [table.engine.tables[0].chunks for table in engines] == [4, 2, 1]
+    assert isinstance(module.offset, nn.EmbeddingBag)
+    kept = sum(stored(module.get_submodule(name)) for name in ("table", "narrow", "odd"))
+    assert 0.45 * ROWS * 4 * (DIM + 8 + 20) <= kept <= 0.5 * ROWS * 4 * (DIM + 8 + 20)
+
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, looked_up = Sizes(), next(iter(clicks()))
+    with pytest.warns(UserWarning, match="stay as they are"):
+        fit(resumed, 2, ckpt_path=tmp_path / "two.ckpt")
+    torch.testing.assert_close(resumed.pooled(*looked_up[:2]), module.pooled(*looked_up[:2]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tables", [["*", "offset"], ["offset"]])
+def test_a_table_of_one_column_that_is_named_is_refused(tables: list[str]) -> None:
+    pruning = DimensionPruning(target=0.5, tables=tables)
+    trainer = pl.Trainer(max_epochs=1, callbacks=[pruning], logger=False, accelerator="cpu", enable_checkpointing=False)
+    with pytest.raises(ValueError, match="table 'offset' of dim 1 cannot be cut .*its dim must be a multiple of 4"):
+        trainer.fit(Sizes(), clicks())
+
+
+def test_chunks_of_a_collection_without_order_are_as_many_in_all_its_tables() -> None:
+    def view(host: str, key: str, dim: int) -> TableView:
+        return TableView(host=host, key=key, rows=100, dim=dim, weight=None)
+
+    tables = [view("c", "a", 8), view("c", "b", 16), view("d", "", 16), view("d2", "", 12)]
+    callback = DimensionPruning(target=0.5, granularity=Granularity(chunks=4, layout="chunks"))
+    assert [cut for cut, _ in callback.table_cuts(tables).values()] == [2, 2, 4, 3]
+    assert [len(f.live) for f in callback.footprints(tables).values()] == [2, 2, 4, 3]
+    assert [f.row_bytes for f in callback.footprints(tables).values()] == [4, 4, 8, 6]
+    callback = DimensionPruning(target=0.5)
+    assert [cut for cut, _ in callback.table_cuts(tables).values()] == [2, 4, 4, 3]
+
+
+class Collection(Sum):
+    def build(self) -> None:
+        configs = [
+            EmbeddingBagConfig(name=name, num_embeddings=ROWS, embedding_dim=dim, feature_names=[name])
+            for name, dim in (("a", 8), ("b", DIM))
+        ]
+        self.table = EmbeddingBagCollection(tables=configs)
+
+    def pooled(self, ids: Tensor, weights: Tensor) -> Tensor:
+        values = torch.cat([ids.reshape(-1), ids.reshape(-1)])
+        lengths = torch.full((2 * len(ids),), ids.shape[1])
+        found = self.table(KeyedJaggedTensor(["a", "b"], values, lengths=lengths)).to_dict()
+        return found["a"].repeat(1, 2) + found["b"]
+
+
+@pytest.mark.parametrize("layout", ["prefix", "chunks"])
+def test_a_collection_of_several_dims_is_pruned(layout: Any) -> None:
+    module = Collection()
+    pruning = DimensionPruning(target=0.5, schedule=SCHEDULE, granularity=Granularity(layout=layout))
+    options: Any = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    pl.Trainer(max_epochs=1, logger=False, accelerator="cpu", callbacks=[pruning], **options).fit(module, clicks())
+    assert [table.chunks for table in module.table.engine.tables] == [2, 2 if layout == "chunks" else 4]
+    assert stored(module.table) <= 0.5 * ROWS * 4 * (8 + DIM)

@@ -3,6 +3,8 @@
 Each keeps the interface of what it replaces. They load checkpoints of their own kind and of the module that they
 replaced: in the latter case the rows that have storage are read from the full tables, and the rest is left behind.
 Tables that such a checkpoint lacks are reported as missing and keep their rows.
+
+Compilers see lookups as opaque calls: how much there is to look up changes from batch to batch.
 """
 
 from __future__ import annotations
@@ -41,6 +43,17 @@ class RoutedHost(OneEngine, nn.Module):
         self.engine = engine
         self._plain_keys = tuple(plain_keys)
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - PyTorch's signature
+        if name in ("weight", "embedding_bags", "embeddings") and "_plain_keys" in self.__dict__:
+            if name == self._plain_keys[0].partition(".")[0]:
+                label = self.engine.tables[0].label
+                raise AttributeError(
+                    f"table {label!r} is compressed and has no full weight (.{name}): call the module for rows, write"
+                    " all of them out with lightning_embcomp.surgery.to_plain(module), or leave the table out of the"
+                    f" callback (tables='!{label}')"
+                )
+        return super().__getattr__(name)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -73,7 +86,7 @@ class RoutedHost(OneEngine, nn.Module):
             return f"{key} is a {type(weights).__name__}, not a tensor"
         if tuple(weights.shape) != (table.rows, table.dim):
             return (
-                f"size mismatch for {key}: the checkpoint has {tuple(weights.shape)}, table {table.name!r} is"
+                f"size mismatch for {key}: the checkpoint has {tuple(weights.shape)}, table {table.label!r} is"
                 f" {(table.rows, table.dim)}"
             )
         return None
@@ -152,6 +165,7 @@ class RoutedEmbeddingBagCollection(RoutedHost, EmbeddingBagCollectionInterface):
         if self._optimizer is not None:
             self._optimizer.pull_rate()
 
+    @torch.compiler.disable
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pool the features.
 
@@ -215,6 +229,7 @@ class RoutedEmbeddingCollection(RoutedHost, EmbeddingCollectionInterface):
         self._features = [name for config in configs for name in config.feature_names]
         self._names_by_table = get_embedding_names_by_table(configs)
 
+    @torch.compiler.disable
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Look single rows up.
 
@@ -260,7 +275,29 @@ class RoutedEmbeddingCollection(RoutedHost, EmbeddingCollectionInterface):
         return self.engine.options.device
 
 
-class RoutedEmbeddingBag(RoutedHost):
+class _RoutedTable(RoutedHost):
+    """A single table with the plain attributes of PyTorch's modules.
+
+    Args:
+        engine: Engine over one table.
+    """
+
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+
+    def __init__(self, engine: RoutedEmbeddings) -> None:
+        super().__init__(engine, ["weight"])
+        self.num_embeddings, self.embedding_dim = engine.tables[0].rows, engine.tables[0].dim
+        self.sparse = engine.options.sparse
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the table."""
+        return self.engine.options.device
+
+
+class RoutedEmbeddingBag(_RoutedTable):
     """In place of an ``nn.EmbeddingBag`` with mode ``sum`` or ``mean``.
 
     Args:
@@ -270,11 +307,12 @@ class RoutedEmbeddingBag(RoutedHost):
     """
 
     def __init__(self, engine: RoutedEmbeddings, *, include_last_offset: bool, padding_idx: int | None) -> None:
-        super().__init__(engine, ["weight"])
-        self.num_embeddings, self.embedding_dim = engine.tables[0].rows, engine.tables[0].dim
+        super().__init__(engine)
+        self.mode = "mean" if engine.mean[0] else "sum"
         self.include_last_offset = include_last_offset
         self.padding_idx = padding_idx
 
+    @torch.compiler.disable
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool bags of ids; arguments as in ``nn.EmbeddingBag.forward``.
 
@@ -300,7 +338,7 @@ class RoutedEmbeddingBag(RoutedHost):
         return self.engine(input, offsets, per_sample_weights)
 
 
-class RoutedEmbedding(RoutedHost):
+class RoutedEmbedding(_RoutedTable):
     """In place of an ``nn.Embedding``.
 
     Args:
@@ -309,10 +347,10 @@ class RoutedEmbedding(RoutedHost):
     """
 
     def __init__(self, engine: RoutedEmbeddings, *, padding_idx: int | None) -> None:
-        super().__init__(engine, ["weight"])
-        self.num_embeddings, self.embedding_dim = engine.tables[0].rows, engine.tables[0].dim
+        super().__init__(engine)
         self.padding_idx = padding_idx
 
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up: ``(*)`` ids give ``(*, D)``; the padding id gives zeros."""
         ids = input.reshape(-1)

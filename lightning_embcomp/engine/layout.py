@@ -7,7 +7,7 @@ same columns share one *row class*, hence one FBGEMM table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -63,6 +63,7 @@ class LogicalTable:
         chunks: Equal column chunks that a row is cut into; 1 keeps rows whole.
         layout: ``prefix`` keeps leading chunks only, ``chunks`` any subset.
         shard: Which part of a table this is; None for all of it.
+        path: What messages call it where ``name`` does not tell it from tables of other engines.
 
     Raises:
         ValueError: If ``dim`` does not split into chunks of a multiple of 4 columns, or the layout has too many codes.
@@ -79,10 +80,11 @@ class LogicalTable:
     chunks: int = 1
     layout: ChunkLayout = "prefix"
     shard: Shard | None = None
+    path: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.rows < (0 if self.shard else 1):
-            raise ValueError(f"table {self.name!r} has {self.rows} rows; at least one is needed")
+            raise ValueError(f"table {self.label!r} has {self.rows} rows; at least one is needed")
         if self.chunks < 1 or self.dim % self.chunks or (self.dim // self.chunks) % LANES:
             fitting = [k for k in range(1, self.dim + 1) if self.dim % k == 0 and (self.dim // k) % LANES == 0]
             mend = (
@@ -91,17 +93,22 @@ class LogicalTable:
                 else f"its dim must be a multiple of {LANES}: pad it, or leave the table out"
             )
             raise ValueError(
-                f"table {self.name!r} of dim {self.dim} cannot be cut into {self.chunks} chunks: FBGEMM needs chunk"
+                f"table {self.label!r} of dim {self.dim} cannot be cut into {self.chunks} chunks: FBGEMM needs chunk"
                 f" widths that are a multiple of {LANES}; {mend}"
             )
         if self.codes > _MAX_CODES:
             raise ValueError(
-                f"layout {self.layout!r} with {self.chunks} chunks needs {self.codes} codes for table {self.name!r}:"
+                f"layout {self.layout!r} with {self.chunks} chunks needs {self.codes} codes for table {self.label!r}:"
                 f" at most {_MAX_CODES} are supported: use fewer chunks"
                 + (" or layout 'prefix'" if self.layout == "chunks" else "")
             )
         if self.layout == "chunks" and self.shard is not None and self.shard.dim != self.dim:
-            raise ValueError(f"table {self.name!r} is sharded by columns, which layout 'chunks' cannot follow")
+            raise ValueError(f"table {self.label!r} is sharded by columns, which layout 'chunks' cannot follow")
+
+    @property
+    def label(self) -> str:
+        """What messages call the table."""
+        return self.path or self.name
 
     @property
     def chunk_width(self) -> int:
@@ -150,6 +157,23 @@ class LogicalTable:
         if self.layout == "prefix":
             return (self.first_chunk + code) * self.chunk_width if code else 0, self.whole_chunks * self.chunk_width
         return len(self.live_chunks(code)) * self.chunk_width, self.dim
+
+
+def fitting_chunks(dim: int, most: int) -> int:
+    """The largest number of chunks, up to ``most``, whose width is a multiple of 4 columns.
+
+    Args:
+        dim: Columns of a table.
+        most: Upper bound.
+
+    Returns:
+        The number; ``most`` where none fits, so that :class:`LogicalTable` says why.
+
+    Example:
+        >>> [fitting_chunks(dim, 4) for dim in (8, 16, 20, 24, 64)]
+        [2, 4, 1, 3, 4]
+    """
+    return next((count for count in range(most, 0, -1) if dim % (count * LANES) == 0), most)
 
 
 def row_numbers(tables: Sequence[LogicalTable]) -> list[int]:

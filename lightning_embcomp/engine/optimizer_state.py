@@ -18,8 +18,8 @@ class UnmovableStateError(RuntimeError):
 def attach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Register the optimizer state of each class as companions, so that the next move takes it along.
 
-    A class that was empty so far has no state; it gets a copy of the structure of a sibling with zero rows, so that
-    rows which move in keep theirs.
+    A class that no batch has reached so far has no state, or less than its siblings; it gets what it lacks from one
+    that has all of it, zero for every row, so that rows which move in keep theirs.
 
     Raises:
         UnmovableStateError: If a state tensor is neither per weight, nor per row, nor a single number.
@@ -28,17 +28,16 @@ def attach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Opti
         mine = [
             rows for rows in classes if any(rows.parameter is p for g in optimizer.param_groups for p in g["params"])
         ]
-        template = next((rows for rows in mine if optimizer.state.get(rows.parameter)), None)
-        if template is None:
+        template = max(mine, key=lambda rows: len(optimizer.state.get(rows.parameter, ())), default=None)
+        if template is None or not optimizer.state.get(template.parameter):
             continue
         for rows in mine:
             _check(rows, optimizer.state.get(rows.parameter, {}))
         for rows in mine:
-            if not optimizer.state.get(rows.parameter):
-                optimizer.state[rows.parameter] = {
-                    key: _empty_like(value, template, rows)
-                    for key, value in optimizer.state[template.parameter].items()
-                }
+            state = optimizer.state[rows.parameter]
+            for key, value in optimizer.state[template.parameter].items():
+                if key not in state:
+                    state[key] = _empty_like(value, template, rows)
             for key, value in optimizer.state[rows.parameter].items():
                 if _is_per_row(value):
                     rows.companions[key] = Storage(value, rowwise=value.dim() == 1)

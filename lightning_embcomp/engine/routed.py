@@ -199,7 +199,7 @@ class RoutedEmbeddings(nn.Module):
         except IdOutOfRangeError as error:
             table = self.tables[self.feature_tables[error.feature]]
             raise IndexError(
-                f"id {error.value} at position {error.position} of the batch is outside table {table.name!r} with"
+                f"id {error.value} at position {error.position} of the batch is outside table {table.label!r} with"
                 f" {table.rows} rows; map unknown values to an out-of-vocabulary id first"
             ) from error
         pooled = [self._class_lookup(c, batch, call) for c in range(len(self.classes))]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torchrec.distributed.planner.types import ShardingOption, Storage, Topology
 from torchrec.distributed.types import ShardingType
 
-from lightning_embcomp.engine.layout import LogicalTable
+from lightning_embcomp.engine.layout import LogicalTable, fitting_chunks
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.planners.pruning import PrunedTable, pruned_footprints
@@ -107,14 +107,17 @@ def prunable(
         if not tables or target <= 1 - kept / plain + 1e-6:
             continue
         pruned = pruned_footprints(list(tables.values()), target=target, chunks=_CHUNKS)
-        yield target, {**footprints, **{name: in_engine(found, _CHUNKS, "prefix") for name, found in pruned.items()}}
+        yield (
+            target,
+            {**footprints, **{name: in_engine(found, len(found.live), "prefix") for name, found in pruned.items()}},
+        )
 
 
 def _can_be_pruned(option: ShardingOption) -> bool:
     rows, dim = option.tensor.shape
     optimizer = fused_optimizer(option.module[1], option.tensor)
     try:
-        LogicalTable(name=option.name, rows=rows, dim=dim, chunks=_CHUNKS)
+        LogicalTable(name=option.name, rows=rows, dim=dim, chunks=fitting_chunks(dim, _CHUNKS))
         return optimizer is not None and bool(FusedOptimizerSpec.from_torch(optimizer, {}, option.name))
     except (ValueError, UnsupportedOptimizerError):
         return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_embcomp.engine.layout import ChunkLayout
+from lightning_embcomp.engine.layout import ChunkLayout, fitting_chunks
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
 from lightning_embcomp.planners.footprint import TableFootprint, most_used
 from lightning_embcomp.planners.router import in_engine
@@ -28,6 +28,7 @@ class PrunedTable:
         itemsize: Bytes of a weight.
         row_state: Bytes of optimizer state per stored row.
         weight_state: Bytes of optimizer state per stored weight.
+        chunks: Column chunks of a row; None for as many as the dim allows.
     """
 
     name: str
@@ -36,9 +37,10 @@ class PrunedTable:
     itemsize: int = 4
     row_state: int = 0
     weight_state: int = 0
+    chunks: int | None = None
 
     @classmethod
-    def of(cls, table: TableView) -> PrunedTable:
+    def of(cls, table: TableView, chunks: int | None = None) -> PrunedTable:
         """Read a table of a model, with an optimizer that ``apply_optimizer_in_backward`` gave it."""
         itemsize = table.weight.element_size() if isinstance(table.weight, Tensor) else 4
         fused = in_backward_optimizer(table.weight)
@@ -50,6 +52,7 @@ class PrunedTable:
             itemsize=itemsize,
             row_state=4 if kind == "rowwise_adagrad" else 0,
             weight_state=4 if kind == "adagrad" else 0,
+            chunks=chunks,
         )
 
     @property
@@ -77,7 +80,7 @@ def pruned_footprints(
         tables: The tables.
         target: Fraction of weight bytes to remove; give this or ``budget``.
         budget: Bytes for the tables with optimizer state, router and utilities.
-        chunks: Column chunks of a row.
+        chunks: Column chunks of a row, at most; of tables that do not say how many.
         layout: Which chunks a row may store.
         falloff: Worth of a chunk over that of the one before, layout ``prefix``.
         shared: Whether all tables share one budget; otherwise each has its part.
@@ -96,19 +99,23 @@ def pruned_footprints(
     """
     if (target is None) == (budget is None):
         raise ValueError("give either target (fraction of bytes to remove) or budget (bytes)")
-    row_bytes = UTILITY_BYTES * (chunks if layout == "chunks" else 1)
+    cuts = [table.chunks or fitting_chunks(table.dim, chunks) for table in tables]
+    row_bytes = [UTILITY_BYTES * (cut if layout == "chunks" else 1) for cut in cuts]
     plain = [table.plain for table in tables]
     allowed = [(1 - (target or 0.0)) * size for size in plain]
     if budget is not None:
-        held_anyway = in_engine(TableFootprint(row_bytes=row_bytes), chunks, layout).row_bytes
-        left = budget - held_anyway * sum(table.rows for table in tables)
+        held_anyway = [
+            in_engine(TableFootprint(row_bytes=of_row), cut, layout).row_bytes
+            for of_row, cut in zip(row_bytes, cuts, strict=True)
+        ]
+        left = budget - sum(held * table.rows for held, table in zip(held_anyway, tables, strict=True))
         if left <= 0:
             raise ValueError(
                 f"a budget of {budget:,} bytes is not above the {round(budget - left):,} bytes that router and"
                 f" utilities of the {len(tables)} tables take before any weight is stored: raise it, or select fewer"
             )
         allowed = [left * size / sum(plain) for size in plain]
-    costs = [_chunk_bytes(table, chunks, with_state=budget is not None) for table in tables]
+    costs = [_chunk_bytes(table, cut, with_state=budget is not None) for table, cut in zip(tables, cuts, strict=True)]
     live: dict[str, tuple[float, ...]] = {}
     for group in [list(range(len(tables)))] if shared else [[t] for t in range(len(tables))]:
         shares = most_used(
@@ -118,7 +125,10 @@ def pruned_footprints(
             falloff if layout == "prefix" else 1.0,
         )
         live |= {tables[t].name: of_table for t, of_table in zip(group, shares, strict=True)}
-    return {name: TableFootprint(live=shares, row_bytes=row_bytes) for name, shares in live.items()}
+    return {
+        table.name: TableFootprint(live=live[table.name], row_bytes=of_row)
+        for table, of_row in zip(tables, row_bytes, strict=True)
+    }
 
 
 def _chunk_bytes(table: PrunedTable, chunks: int, *, with_state: bool) -> tuple[float, ...]:

@@ -11,7 +11,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lightning_embcomp import DimensionPruning, Granularity, PruningSchedule, SetupError
+from lightning_embcomp import DimensionPruning, FrequencyAwareLR, Granularity, PruningSchedule, SetupError
+from lightning_embcomp.data import SyntheticClickLog, SyntheticClickLogDataModule
+from lightning_embcomp.methods.fiited.module import BudgetError
 from lightning_embcomp.models import ClickModel
 
 OPTIONS: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
@@ -116,3 +118,11 @@ def test_two_rates_for_one_collection_are_refused() -> None:
     trainer = pl.Trainer(callbacks=callbacks, **OPTIONS)
     with pytest.raises(ValueError, match="rate_power=0.0 already"):
         callbacks[0].setup(trainer, model, "fit")
+
+
+def test_counters_of_another_callback_count_in_a_byte_budget() -> None:
+    model = ClickModel(embedding_optimizer="sgd", embedding_dim=16)
+    log = SyntheticClickLog(num_rows=1_000, num_embeddings=(10_000,), num_dense=2)
+    trainer = pl.Trainer(callbacks=[FrequencyAwareLR(), DimensionPruning(budget=36_000)], **OPTIONS)
+    with pytest.raises(BudgetError, match="36,000 bytes is not above the 40,"):
+        trainer.fit(model, SyntheticClickLogDataModule(log, batch_size=512))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError, steps_done
-from lightning_embcomp.engine.layout import LogicalTable
-from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target, parse_bytes
+from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable, fitting_chunks
+from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target
 from lightning_embcomp.methods.fiited.module import DimensionPruner
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.planners.pruning import PrunedTable, pruned_footprints
+from lightning_embcomp.sizes import parse_bytes
 from lightning_embcomp.tables import TableView
 
 
@@ -31,8 +34,8 @@ class DimensionPruning(CompressionCallback):
         target: Fraction of the embedding weight bytes to remove, from 0 to below 1. Give this or ``budget``.
         budget: Bytes for the selected tables with everything they need (weights, fused optimizer state, router,
             utilities), as a number or like ``2GB``.
-        tables: Globs of the tables to prune; one that starts with ``!`` excludes. Tables whose dim cannot be cut are
-            refused by name.
+        tables: Globs of the tables to prune; one that starts with ``!`` excludes. Tables whose dim is no multiple of 4
+            are left as they are if only a wildcard chose them, and refused otherwise.
         scope: ``global`` compares the rows of all tables, ``table`` gives every table the same share.
         schedule: When events happen.
         granularity: What lives or dies, and how its worth is measured.
@@ -53,6 +56,7 @@ class DimensionPruning(CompressionCallback):
 
     owns = "width"
     follows_shards = True
+    devices = ("cpu", "cuda")
 
     def __init__(
         self,
@@ -87,14 +91,23 @@ class DimensionPruning(CompressionCallback):
         return {**super().__getstate__(), "pruner": None}
 
     def table_cuts(self, tables: Sequence[TableView]) -> Cuts:
-        """Cut every table into the same number of chunks."""
-        chunks, layout = self.granularity.chunks, self.granularity.layout
+        """Cut every table into as many chunks as its dim allows, up to those of the settings.
+
+        With layout ``chunks`` the tables of a collection share one number, as their utilities share one shape.
+        """
+        cuts: dict[str, tuple[int, ChunkLayout]] = {}
         for table in tables:
+            layout = self.granularity.layout
+            beside = [other.dim for other in tables if other.host == table.host] if layout == "chunks" else [table.dim]
+            chunks = fitting_chunks(math.gcd(*beside), self.granularity.chunks)
             LogicalTable(name=table.name, rows=table.rows, dim=table.dim, chunks=chunks, layout=layout)
-        return {table.name: (chunks, layout) for table in tables}
+            cuts[table.name] = (chunks, layout)
+        return cuts
 
     def on_tables_ready(self, fresh: bool) -> None:
         """Start the pruner; new tables get their first rows."""
+        self._events = 0
+        self._report_cuts()
         self.pruner = DimensionPruner(
             self.owned,
             target=self.target,
@@ -106,9 +119,20 @@ class DimensionPruning(CompressionCallback):
         if fresh:
             self.pruner.start()
 
+    def _report_cuts(self) -> None:
+        fewer = [table for table in self.owned if table.logical.chunks < self.granularity.chunks]
+        if fewer:
+            cuts = "; ".join(
+                f"{table.name!r} of dim {table.logical.dim} into {table.logical.chunks} × {table.logical.chunk_width}"
+                for table in fewer
+            )
+            rank_zero_info(f"{self.state_key}: fewer chunks than chunks={self.granularity.chunks} fit: {cuts} columns")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue the step count of a resumed run; a new run starts at its first step."""
         self._last_step = steps_done(trainer, pl_module)
+        if self.pruner is not None:
+            self.pruner.check_budget()
 
     def on_train_batch_end(
         self,
@@ -165,11 +189,11 @@ class DimensionPruning(CompressionCallback):
 
     def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
         """What stays of the tables as a run starts: the rows that come first, and most of their leading chunks."""
+        cuts = self.table_cuts(tables)
         return pruned_footprints(
-            [PrunedTable.of(table) for table in tables],
+            [PrunedTable.of(table, cuts[table.name][0]) for table in tables],
             target=self.target,
             budget=self.budget,
-            chunks=self.granularity.chunks,
             layout=self.granularity.layout,
             falloff=self.granularity.falloff,
             shared=self.scope == "global",

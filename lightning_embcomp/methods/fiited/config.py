@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,18 +10,6 @@ from lightning_embcomp.engine.layout import ChunkLayout
 from lightning_embcomp.kernels.utility import UtilityKind
 
 Scope = Literal["global", "table"]
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +56,8 @@ class Granularity:
     """What lives or dies, and how its worth is measured.
 
     Args:
-        chunks: Equal column chunks per row. 1 prunes whole rows. Chunk widths must be a multiple of 4.
+        chunks: Equal column chunks per row, at most: a table gets the largest number up to this whose width is a
+            multiple of 4 (dim 8: 2 chunks of 4). 1 prunes whole rows.
         layout: ``prefix`` keeps leading chunks of a row and one utility per row; ``chunks`` keeps any subset and one
             utility per chunk.
         utility: What an occurrence of an id adds: ``gradient`` its gradient norm (frequency times mean gradient),
@@ -124,20 +112,3 @@ def check_target(target: float) -> float:
             + (f"; for {target} % write {target / 100}" if 1 <= target <= 100 else "")
         )
     return target
-
-
-def parse_bytes(size: int | str) -> int:
-    """Read a byte count such as ``2GB`` or ``512 MiB``.
-
-    Raises:
-        ValueError: If it is not a positive size.
-
-    Example:
-        >>> parse_bytes("2GB"), parse_bytes("1.5 KiB"), parse_bytes(10)
-        (2000000000, 1536, 10)
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(size))
-    unit = _UNITS.get(match[2].upper().removesuffix("B") + "B" if match and match[2] else "") if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"{size!r} is not a size in bytes: write for example 2GB, 512MiB or a number of bytes")
-    return int(float(match[1]) * unit)

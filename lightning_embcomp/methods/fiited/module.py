@@ -69,7 +69,7 @@ class DimensionPruner:
             self._use_engine(engine)
         for host in {id(table.host): table.host for table in tables}.values():
             host.want_gradient_norms()
-        self._check_budget()
+        self.check_budget()
 
     def _use_engine(self, engine: RoutedEmbeddings) -> None:
         names = ", ".join(t.name for t in self.tables if any(shard.engine is engine for shard in t.shards))
@@ -91,9 +91,10 @@ class DimensionPruner:
 
     def _new_utility(self, engine: RoutedEmbeddings) -> RowUtility:
         granularity = self.granularity
+        mine = [t for t in self.tables if any(shard.engine is engine for shard in t.shards)]
         return RowUtility(
             engine.tables,
-            parts=granularity.chunks if granularity.layout == "chunks" else 1,
+            parts=max(t.logical.chunks for t in mine) if granularity.layout == "chunks" else 1,
             kind=granularity.utility,
             every_n_steps=granularity.sample_every_n_steps,
             device=engine.options.device,
@@ -194,14 +195,20 @@ class DimensionPruner:
         share = plain / sum(plain_weight_bytes(t.logical, t.host.options.dtype) for t in self.tables)
         return int((self.budget - self._fixed_bytes()) * share)
 
-    def _check_budget(self) -> None:
+    def check_budget(self) -> None:
+        """Raise if nothing is left for rows: again before training, when other methods keep state of the tables too.
+
+        Raises:
+            BudgetError: With the bytes that are needed.
+        """
         if self.budget is None:
             return
         fixed = self._fixed_bytes()
         if self.budget <= fixed:
             raise BudgetError(
-                f"a budget of {self.budget:,} bytes is not above the {fixed:,} bytes that router and utilities of the"
-                f" {len(self.tables)} selected tables take before any weight is stored: raise it, or select fewer"
+                f"a budget of {self.budget:,} bytes is not above the {fixed:,} bytes that router, utilities and"
+                f" counters of the {len(self.tables)} selected tables take before any weight is stored: raise it, or"
+                " select fewer"
             )
 
     def _fixed_bytes(self) -> int:
@@ -231,7 +238,7 @@ def _gain(table: HeldTable) -> Tensor:
     found = torch.zeros(2, dtype=torch.float64)
     for shard in table.primary_shards:
         assert shard.engine.utility is not None
-        found += shard.engine.utility.gain[shard.index]
+        found += shard.engine.utility.gain[shard.index].cpu()
     return found
 
 

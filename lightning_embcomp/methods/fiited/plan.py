@@ -231,7 +231,7 @@ def _cells(contender: Contender, counts: Tensor, falloff: float, hysteresis: flo
     prefix = table.layout == "prefix"
     if bool(counts[:, :, NOT_FINITE:].any()):
         raise NonFiniteUtilityError(
-            f"utilities of table {table.name!r} are not finite: a gradient was NaN or infinite since the last"
+            f"utilities of table {table.label!r} are not finite: a gradient was NaN or infinite since the last"
             " pruning event. Lower the learning rate, or look for bad values in the batches"
         )
     part_of, state_of, bin_of = counts.nonzero(as_tuple=True)
