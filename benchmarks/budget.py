@@ -31,7 +31,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from benchmarks.datasets import CACHE, DATASETS
 from benchmarks.machine import describe
 from benchmarks.precision import RATES, test_export
-from benchmarks.quality import DIM, MODEL, RESULTS, normalized_entropy, quiet_trainer
+from benchmarks.quality import DIM, MODEL, RESULTS, normalized_entropy, predict, quiet_trainer
 from lightning_embcomp import PrecisionSearch, PruningSchedule
 from lightning_embcomp.callbacks.budget import CompressionBudget
 from lightning_embcomp.export.evaluation import evaluate
@@ -45,67 +45,67 @@ CHECKS = 8
 
 
 class Trace(pl.Callback):
-    """Keeps what the budget logs at every event, and tests the model at the best one inside budget and guard.
+    """Keeps what the budget logs at every event, and tests the model that the run ends with.
 
     Args:
-        budget: The budget.
+        budget: The budget; listed before this callback.
         tests: Whether to test.
     """
 
     def __init__(self, budget: CompressionBudget, tests: bool) -> None:
         self.budget, self.tests = budget, tests
         self.rows: list[dict[str, float]] = []
-        self.best: dict[str, Any] | None = None
+        self.end: dict[str, Any] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
         """Copy the last values."""
-        report = self.budget.report
-        if trainer.global_step % self.budget.control.every_n_steps or report is None:
+        if trainer.global_step % self.budget.control.every_n_steps or self.budget.report is None:
             return
         found = {k.partition("/")[2]: float(v) for k, v in trainer.callback_metrics.items() if "budget" in k}
         self.rows.append({"step": float(trainer.global_step), **found})
-        better = self.best is None or report.ne < self.best["ne"]
-        # A step on probation may still be taken back.
-        if self.tests and self.budget.met and better and self.budget.controller.saved is None:  # type: ignore[union-attr]
-            self.best = self.test(trainer, pl_module)
 
-    def test(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What the exported tables predict, and how large they are."""
         report, controller = self.budget.report, self.budget.controller
         assert report is not None and controller is not None
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        data.setup("test")
-        labels = torch.cat([label for *_, label in data.test_dataloader()]).numpy()
-        scores, exported = test_export(pl_module, data, bits=8, file_format="fbgemm")
-        return {
-            "step": trainer.global_step,
+        self.end = {
             "met": self.budget.met,
             "bytes": report.size,
             "of_budget": report.size / controller.budget,
             "ne": report.ne,
             "reference_ne": controller.reference,
             "ne_loss": report.ne / controller.reference - 1,
-            "exported": exported,
-            "test_auc": float(roc_auc_score(labels, scores)),
-            "test_ne": normalized_entropy(labels, scores),
+            "returned": report.rolled_back,
+            "rollbacks": controller.rollbacks,
+            "average_bits": self.rows[-1]["average_bits"],
+            "share": self.rows[-1]["share"],
         }
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Test what the run ends with if nothing was met before."""
-        if self.tests and self.best is None and self.budget.report is not None:
-            self.best = self.test(trainer, pl_module)
+        if self.tests:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            data.setup("test")
+            labels = torch.cat([label for *_, label in data.test_dataloader()]).numpy()
+            scores, exported = test_export(pl_module, data, bits=8, file_format="fbgemm")
+            self.end |= {
+                "exported": exported,
+                "test_auc": float(roc_auc_score(labels, scores)),
+                "test_ne": normalized_entropy(labels, scores),
+            }
 
 
 class LowestNE(pl.Callback):
-    """The lowest validation NE of a plain run, measured as the budget measures it."""
+    """The lowest validation NE of a plain run, measured as the budget measures it, and test AUC there."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self.history: list[float] = []
+        self.test_auc = 0.0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure, perhaps stop."""
         self.history.append(evaluate(pl_module, validation_batches(trainer)).ne)
+        if self.history[-1] == min(self.history):
+            scores, labels = predict(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            self.test_auc = float(roc_auc_score(labels, scores))
         if len(self.history) - 1 - int(np.argmin(self.history)) >= self.patience:
             trainer.should_stop = True
 
@@ -141,8 +141,8 @@ def model_for(dataset: str) -> PermutedModel:
     )
 
 
-def plain_ne(args: argparse.Namespace) -> float:
-    """Lowest validation NE of the plain run, from an earlier call if there was one."""
+def plain_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Lowest validation NE of the plain run, and its test AUC there; from an earlier call if there was one."""
     path = RUNS / args.dataset / f"plain-s{args.seed}.json"
     if not path.exists():
         pl.seed_everything(args.seed, verbose=False)
@@ -150,8 +150,9 @@ def plain_ne(args: argparse.Namespace) -> float:
         trainer = quiet_trainer([lowest], epochs=args.epochs, check=1 / CHECKS)
         trainer.fit(model_for(args.dataset), DATASETS[args.dataset](args.seed))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"val_ne": lowest.history}))
-    return float(min(json.loads(path.read_text())["val_ne"]))
+        path.write_text(json.dumps({"val_ne": lowest.history, "test_auc": lowest.test_auc}))
+    found = json.loads(path.read_text())
+    return {"plain_ne": min(found["val_ne"]), "plain_auc": found["test_auc"]}
 
 
 def steps_per_epoch(data: pl.LightningDataModule) -> int:
@@ -167,7 +168,13 @@ def budget_for(args: argparse.Namespace, every: int, reference: float | None) ->
         ratio=args.ratio,
         max_ne_loss=args.max_ne_loss,
         reference_ne=reference,
-        control=BudgetControl(every_n_steps=every, step=args.step, window=args.window, recovery=args.recovery),
+        control=BudgetControl(
+            every_n_steps=every,
+            step=args.step,
+            window=args.window,
+            recovery=args.recovery,
+            price_rate=args.price_rate,
+        ),
         schedule=PruningSchedule(every_n_steps=every),
         search=PrecisionSearch(epochs=args.search_epochs, steps=args.search_steps, reset=not args.keep),
     )
@@ -177,7 +184,7 @@ def fit(args: argparse.Namespace, drift: bool) -> tuple[Trace, dict[str, Any]]:
     """Train once under the budget."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    reference = plain_ne(args) if args.reference == "plain" and not drift else None
+    reference = plain_run(args)["plain_ne"] if args.reference == "plain" and not drift else None
     pl.seed_everything(args.seed, verbose=False)
     data = DATASETS[args.dataset](args.seed)
     epoch = steps_per_epoch(data)
@@ -195,9 +202,7 @@ def fit(args: argparse.Namespace, drift: bool) -> tuple[Trace, dict[str, Any]]:
         "seed": args.seed,
         "settings": {k: v for k, v in vars(args).items() if k not in ("command", "action", "force")},
         "budget": callback.controller.budget,
-        "end": {"bytes": callback.report.size, "ne": callback.report.ne, "met": callback.met},
-        "rollbacks": callback.controller.rollbacks,
-        "best": trace.best,
+        "end": trace.end,
         "trace": trace.rows,
         "seconds": time.perf_counter() - started,
         "machine": describe(),
@@ -206,13 +211,13 @@ def fit(args: argparse.Namespace, drift: bool) -> tuple[Trace, dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     """Train once and write the result."""
-    kind = f"{args.reference}{'-keep' if args.keep else ''}"
+    kind = args.name or f"{args.reference}{'-keep' if args.keep else ''}"
     out = RUNS / args.dataset / f"{kind}-{args.ratio:g}-s{args.seed}.json"
     if out.exists() and not args.force:
         print("have", out)
         return
     _, found = fit(args, drift=False)
-    found["plain_ne"] = plain_ne(args)
+    found |= plain_run(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1))
     print(line(found), flush=True)
@@ -220,14 +225,15 @@ def run(args: argparse.Namespace) -> None:
 
 def line(found: dict[str, Any]) -> str:
     """One result as text."""
-    best, end = found["best"], found["end"]
+    end = found["end"]
     return (
         f"{found['dataset']} {found['settings']['ratio']:g}x ({found['settings']['reference']}) s{found['seed']}:"
-        f" {'met' if best['met'] else 'NOT met'} at step {best['step']} with {best['bytes']:,} bytes,"
-        f" {100 * best['of_budget']:.1f} % of the budget; NE {best['ne']:.5f}, {100 * best['ne_loss']:+.3f} % of the"
-        f" reference {best['reference_ne']:.5f}, plain {found['plain_ne']:.5f}; {found['rollbacks']} rolled back;"
-        f" exported {best['exported']['serving']:,} bytes ({best['exported']['serving_ratio']:.2f}x), test AUC"
-        f" {best['test_auc']:.4f}; ends with {end['bytes']:,} bytes, NE {end['ne']:.5f}; {found['seconds']:.0f} s"
+        f" {'met' if end['met'] else 'NOT met'} with {end['bytes']:,} bytes, {100 * end['of_budget']:.1f} % of the"
+        f" budget; NE {end['ne']:.5f}, {100 * end['ne_loss']:+.3f} % of the reference {end['reference_ne']:.5f}, plain"
+        f" {found['plain_ne']:.5f}; {end['rollbacks']} rolled back{', ends with an earlier state' * end['returned']};"
+        f" share {end['share']:.2f}, {end['average_bits']:.2f} bits;"
+        f" exported {end['exported']['serving']:,} bytes ({end['exported']['serving_ratio']:.2f}x), test AUC"
+        f" {end['test_auc']:.4f}, plain {found['plain_auc']:.4f}; {found['seconds']:.0f} s"
     )
 
 
@@ -288,7 +294,9 @@ def main() -> None:
         one.add_argument("--reference", choices=["plain", "run"], default="plain")
         one.add_argument("--step", type=float, default=BudgetControl().step)
         one.add_argument("--recovery", type=float, default=BudgetControl().recovery)
+        one.add_argument("--price-rate", type=float, default=BudgetControl().price_rate)
         one.add_argument("--window", type=int, default=None, help="events whose lowest NE is the reference")
+        one.add_argument("--name", default=None, help="of a variant")
         one.add_argument("--force", action="store_true")
         one.set_defaults(action=action)
     commands.add_parser("summary", help="collect, write results/budget.json").set_defaults(action=summary)

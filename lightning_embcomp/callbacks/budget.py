@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from lightning_embcomp.methods.budget.callback import BudgetCallback
 from lightning_embcomp.methods.budget.config import BudgetControl, BudgetOf, check_budget, check_start
 from lightning_embcomp.methods.fiited.callback import DimensionPruning
-from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, parse_bytes
+from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule
 from lightning_embcomp.methods.mpe.callback import MixedPrecisionSearch
 from lightning_embcomp.methods.mpe.config import PrecisionSearch, RowQuantization
+from lightning_embcomp.sizes import parse_bytes
 
 _FLOAT_BITS = 32
 

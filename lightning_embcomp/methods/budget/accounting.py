@@ -42,21 +42,22 @@ def training_bytes(tables: Sequence[HeldTable]) -> TablesBytes:
     return TablesBytes(held=sum(memory.total for memory in found), plain=sum(memory.plain_total for memory in found))
 
 
-def serving_bytes(module: nn.Module, names: Collection[str]) -> TablesBytes:
+def serving_bytes(module: nn.Module, names: Collection[str], bits: int = PLAIN_BITS) -> TablesBytes:
     """Rows and router of exported tables in memory, format ``fbgemm``; plain are full weights.
 
-    They are counted, not exported: tables may still be searched for widths, and count with :data:`PLAIN_BITS` then. A
-    few hundred bytes per table that do not depend on its rows are left out.
+    They are counted, not exported: tables may still be searched for widths, and count with ``bits`` then. A few hundred
+    bytes per table that do not depend on its rows are left out.
 
     Args:
         module: The model.
         names: Unique names of the tables that count.
+        bits: Bits of rows that no method rounds.
     """
     total = TablesBytes(held=0, plain=0)
     for host in hosts_of(module, trained=False):
         for table in host.tables:
             if host.full_name(table) in names:
-                plan = plan_table(table, PLAIN_BITS)
+                plan = plan_table(table, bits)
                 counts = torch.bincount(plan.codes, minlength=len(plan.formats) + 1).tolist()
                 rows = sum(n * f.row_bytes(1) for n, f in zip(counts[1:], plan.formats, strict=True))
                 total += TablesBytes(

@@ -131,6 +131,7 @@ class BudgetCallback(pl.Callback):
             )
             # Tables of an earlier run stay as small as they are.
             plant.set_share(min(plant.share, pruner.live_ratio()))
+        self.controller.epoch = self._events_per_epoch(trainer)
         self._plant, self.report = plant, None
         if self._resumed is not None:
             plant.set_share(float(self._resumed["share"]))
@@ -139,6 +140,11 @@ class BudgetCallback(pl.Callback):
             self.controller.load_state_dict(self._resumed["controller"])
             self._resumed = None
         self._searching = plant.searching
+
+    def _events_per_epoch(self, trainer: pl.Trainer) -> int:
+        """Control events in an epoch; 0 for data without an end."""
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        return int(steps // self.control.every_n_steps) if math.isfinite(steps) else 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow the end of a search that lasts epochs."""
@@ -172,13 +178,13 @@ class BudgetCallback(pl.Callback):
         pl_module.log_dict(self._logged())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle a step on probation before the last checkpoint is written."""
+        """Bring the run to a good end before the last checkpoint is written."""
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1:
-            self._settle()
+            self._finish()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle a step on probation, and say what came of the budget."""
-        self._settle()
+        """Bring the run to a good end, and say what came of the budget."""
+        self._finish()
         if self.controller is None or self.report is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         text = self._outcome(self.controller, self.report)
@@ -187,9 +193,18 @@ class BudgetCallback(pl.Callback):
         else:
             rank_zero_warn(f"{self.state_key}: not met: {text}")
 
-    def _settle(self) -> None:
-        if self.controller is not None and self._plant is not None and self.controller.saved is not None:
-            self.report = self.controller.settle(self._plant)
+    def _finish(self) -> None:
+        """Settle a step on probation; go back to the last good state where the run would end outside the guard."""
+        controller = self.controller
+        if controller is None or self._plant is None or (controller.saved is None and controller.kept is None):
+            return
+        on_probation = controller.saved is not None
+        self.report = controller.finish(self._plant)
+        if self.report.rolled_back and not on_probation:
+            rank_zero_info(
+                f"{self.state_key}: NE or bytes have risen since; the run ends with the tables, weights and optimizer"
+                " state of the last good event"
+            )
 
     @property
     def met(self) -> bool:
@@ -207,10 +222,24 @@ class BudgetCallback(pl.Callback):
             )
         if self.max_ne_loss is None:
             return f"{size}, no guard"
-        return (
+        text = (
             f"{size}, validation NE {report.ne:.6f}, {100 * (report.ne / controller.reference - 1):+.3f} % of the"
             f" reference {controller.reference:.6f}, allowed {100 * self.max_ne_loss:+.3f} %,"
             f" {controller.rollbacks} steps rolled back"
+        )
+        return text if self.met else f"{text}. {self._reason(controller, report)}"
+
+    def _reason(self, controller: BudgetController, report: Report) -> str:
+        """Why the budget is not met."""
+        if not controller.entered:
+            return "NE has not come inside the guard since the tables started anew: train longer, or allow more"
+        if not controller.inside(report.ne):
+            return "NE has left the guard and not come back"
+        costs = ", ".join(f"{100 * cost:.3f} % by {name}" for name, cost in controller.costs.items())
+        left = controller.limit / report.ne - 1
+        return (
+            f"The guard leaves {100 * left:.3f} % of NE, and an e-fold of bytes costs {costs or 'an unknown share'}:"
+            " train longer, allow more, or raise the budget"
         )
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
@@ -242,12 +271,12 @@ class BudgetCallback(pl.Callback):
                 "ne": report.ne,
                 "limit": controller.limit if math.isfinite(controller.limit) else report.ne,
                 "guard": report.inside,
-                "snapshot_bytes": snapshot.nbytes(controller.saved),
+                "snapshot_bytes": snapshot.nbytes([controller.saved, controller.kept]),
             }
         return {f"{group}/{name}": float(value) for name, value in numbers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Price, step and reference, and the state before a step on probation; tables are saved with the module."""
+        """Price, step and reference, and the states to go back to; tables are saved with the module."""
         if self.controller is None or self._plant is None:
             return {}
         errors = None if self._plant.searching else self._plant.errors

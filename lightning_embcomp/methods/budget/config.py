@@ -24,19 +24,26 @@ class BudgetControl:
         window: Events whose lowest NE is the reference; null for all. A limit lets the reference follow drift, and lets
             NE creep up by as much as the guard allows in every window.
         validation_batches: Batches that NE is measured on; null for all that the trainer validates on.
+        patience: Events outside the guard, or without a new low after a fresh start, before bytes are given back. By
+            default three, and without a window those of an epoch on top: NE rises and falls within an epoch.
+        keep_good: Whether a run that would end outside the guard goes back to the last state that an event found
+            inside, or to the smallest while none is inside the budget. It is held in memory. Without effect with a
+            window, and without the guard.
     """
 
     every_n_steps: int = 200
     warmup_steps: int = 0
     step: float = 0.25
     tolerance: float = 0.02
-    price_rate: float = 0.2
+    price_rate: float = 0.5
     recovery: float = 0.5
     window: int | None = None
     validation_batches: int | None = None
+    patience: int | None = None
+    keep_good: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "window", "validation_batches"):
+        for name in ("every_n_steps", "window", "validation_batches", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

@@ -18,8 +18,9 @@ from lightning_embcomp.methods.budget.functional import (
 )
 
 _SMALLEST_STEP = 0.01
+_HEADROOM = 2.0  # of the price over the dearest step that stays inside the guard
 _REGAIN = 1.5  # growth of the step after one that was kept
-_PATIENCE = 3  # events outside the guard after which bytes are given back: NE of a model in training is not smooth
+_PATIENCE = 3  # events outside the guard before bytes are given back: NE of a model in training is not smooth
 
 
 class Plant(Protocol):
@@ -72,11 +73,14 @@ class BudgetController:
         max_loss: Relative increase of NE that is allowed; None for no guard, where methods act in turn.
         reference: NE that losses are counted from; None for the lowest measured in this run.
         control: How the price moves and how far a step goes.
+        epoch: Events in an epoch; 0 if data have none.
 
     Attributes:
         price: The multiplier: relative NE that an e-fold of bytes may cost.
         step: Size of the next step, a logarithm.
         saved: State before the step that is on probation; None if none is.
+        entered: Whether NE has been inside the guard, since tables started anew if they have.
+        kept: The last state inside budget and guard, or the smallest inside the guard; None if none is held.
     """
 
     def __init__(
@@ -86,19 +90,22 @@ class BudgetController:
         max_loss: float | None,
         reference: float | None = None,
         control: BudgetControl | None = None,
+        epoch: int = 0,
     ) -> None:
-        self.budget, self.max_loss, self.given = budget, max_loss, reference
+        self.budget, self.max_loss, self.given, self.epoch = budget, max_loss, reference, epoch
         self.control = control or BudgetControl()
         self.price = 0.0
         self.step = self.control.step
         self.costs: dict[str, float] = {}
         self.saved: dict[str, Any] | None = None
+        self.kept: dict[str, Any] | None = None
         self.rollbacks = 0
         self._history: list[float] = []
         self._first_size = 0
         self._good: tuple[int, float] = (0, math.nan)  # size and NE before the step on probation
+        self._kept: tuple[int, float] = (0, math.nan)  # size and NE of the state that is kept
         self._last = ""
-        self._entered = False
+        self.entered = False
         self._low = math.inf  # NE since tables started anew
         self._waited = 0  # events outside the guard, or since that low
 
@@ -119,9 +126,20 @@ class BudgetController:
         """Whether steps have been possible."""
         return self.price > 0
 
+    @property
+    def patience(self) -> int:
+        """Events outside the guard before bytes are given back."""
+        if self.control.patience is not None:
+            return self.control.patience
+        return _PATIENCE + (self.epoch if self.control.window is None else 0)
+
+    def inside(self, ne: float) -> bool:
+        """Whether an NE is inside the guard."""
+        return self.max_loss is None or ne <= self.limit
+
     def met(self, size: int, ne: float) -> bool:
         """Whether a state is inside budget and guard."""
-        return size <= self.budget and (self.max_loss is None or ne <= self.limit)
+        return size <= self.budget and self.inside(ne)
 
     def event(self, plant: Plant, *, ready: bool = True) -> Report:
         """Measure, settle the step on probation, move the price, and perhaps make a step.
@@ -134,16 +152,17 @@ class BudgetController:
         if settled.rolled_back or not ready:
             return settled
         size, ne, inside = settled.size, settled.ne, settled.inside
-        self._entered = self._entered or inside
-        if not self._entered:  # a model that has yet to come near its reference
+        self.entered = self.entered or inside
+        if not self.entered:  # a model that has yet to come near its reference
             return self._await(plant, settled)
         self._start(size)
         self._move_price(size, inside)
+        self._keep(plant, size, ne)
         self._waited = 0 if inside else self._waited + 1
         acted = None
         if inside and size > self.budget:
             acted = self._squeeze(plant, size, ne)
-        elif self._waited >= _PATIENCE or (inside and size < (1 - self.control.tolerance) * self.budget):
+        elif self._waited >= self.patience or (inside and size < (1 - self.control.tolerance) * self.budget):
             acted = self._give_back(plant, size, inside)
         return Report(size=plant.size(), ne=ne, inside=inside, acted=acted) if acted else settled
 
@@ -156,7 +175,7 @@ class BudgetController:
         """
         size = plant.size()
         self._start(size)
-        self._entered, self._low, self._waited = False, math.inf, 0
+        self.entered, self._low, self._waited = False, math.inf, 0
         if size > self.budget:
             self._last = plant.methods[0]
             plant.act(self._last, self._inside_band())
@@ -164,13 +183,13 @@ class BudgetController:
     def _start(self, size: int) -> None:
         if not self.started:
             self._first_size = size
-            self.price = first_price(self.max_loss or 1.0, size=size, budget=self.budget)
+            self.price = self._first_price()
 
     def _await(self, plant: Plant, settled: Report) -> Report:
         """Wait as long as NE falls."""
         self._waited = 0 if settled.ne < self._low else self._waited + 1
         self._low = min(self._low, settled.ne)
-        if not self._last or self._waited < _PATIENCE:
+        if not self._last or self._waited < self.patience:
             return settled
         self._waited = 0
         self.price = next_price(
@@ -193,6 +212,27 @@ class BudgetController:
             self.step = min(self.control.step, self.step * _REGAIN)
         self._observe(ne)
         return Report(size=size, ne=ne, inside=inside)
+
+    def finish(self, plant: Plant) -> Report:
+        """Settle, and go back to the state that is kept, if the run would end outside the guard or larger."""
+        settled = self.settle(plant)
+        kept, self.kept = self.kept, None
+        (size, ne), ends_inside = self._kept, self.inside(settled.ne)
+        if kept is None or not self.inside(ne) or (ends_inside and settled.size <= max(size, self.budget)):
+            return settled
+        plant.restore(kept)
+        return Report(size=plant.size(), ne=ne, inside=True, rolled_back=True)
+
+    def _keep(self, plant: Plant, size: int, ne: float) -> None:
+        """Hold on to a state inside the guard that the methods have made, if none is held that is smaller.
+
+        With a window, the data drift: an old state has no claim to be better than the last one.
+        """
+        wanted = self.control.keep_good and self.max_loss is not None and self.control.window is None
+        if not (wanted and self._last and self.inside(ne)):
+            return
+        if self.kept is None or size <= max(self._kept[0], self.budget) or not self.inside(self._kept[1]):
+            self.kept, self._kept = plant.save(), (size, ne)
 
     def _observe(self, ne: float) -> None:
         self._history.append(ne)
@@ -235,6 +275,7 @@ class BudgetController:
         # A method that has come to its end makes no offer.
         offers = [offer for offer in offers if saves_enough(offer, size=size, target=target)]
         self.costs |= {offer.method: cost_of(offer, size=size, ne=ne) for offer in offers}
+        self._cap_price(math.log(size / target))
         # What an offer may show at once, for its expected NE at the next event to be inside the guard.
         limit = ne + (self.limit - ne) / (1 - self.control.recovery)
         chosen = best_offer(offers, size=size, ne=ne, limit=limit, price=self.price)
@@ -245,6 +286,15 @@ class BudgetController:
         plant.act(chosen.method, target)
         self.saved, self._good, self._last = before, (size, ne), chosen.method
         return chosen.method
+
+    def _cap_price(self, step: float) -> None:
+        """Stop the price where a step that it pays for would leave the guard: above, it only takes longer to fall."""
+        assert self.max_loss is not None
+        most = self.max_loss / (1 - self.control.recovery) / step
+        self.price = min(self.price, max(_HEADROOM * most, self._first_price()))
+
+    def _first_price(self) -> float:
+        return first_price(self.max_loss or 1.0, size=self._first_size, budget=self.budget)
 
     def _in_turn(self, plant: Plant, size: int, target: int) -> str | None:
         """Without a guard nothing is known of costs: the methods take turns."""
@@ -288,12 +338,14 @@ class BudgetController:
             "step": self.step,
             "costs": dict(self.costs),
             "saved": self.saved,
+            "kept": self.kept,
+            "kept_at": list(self._kept),
             "rollbacks": self.rollbacks,
             "history": list(self._history),
             "first_size": self._first_size,
             "good": list(self._good),
             "last": self._last,
-            "entered": self._entered,
+            "entered": self.entered,
             "low": self._low,
             "waited": self._waited,
         }
@@ -302,10 +354,11 @@ class BudgetController:
         """Go on with a saved run."""
         self.price, self.step = float(state["price"]), float(state["step"])
         self.costs = dict(state["costs"])
-        self.saved = state["saved"]
+        self.saved, self.kept = state["saved"], state["kept"]
+        self._kept = (int(state["kept_at"][0]), float(state["kept_at"][1]))
         self.rollbacks = int(state["rollbacks"])
         self._history = list(state["history"])
         self._first_size = int(state["first_size"])
         self._good = (int(state["good"][0]), float(state["good"][1]))
-        self._last, self._entered = str(state["last"]), bool(state["entered"])
+        self._last, self.entered = str(state["last"]), bool(state["entered"])
         self._low, self._waited = float(state["low"]), int(state["waited"])

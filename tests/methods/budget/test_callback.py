@@ -215,6 +215,32 @@ def test_a_run_that_leaves_the_guard_is_rolled_back() -> None:
     assert callback.met
 
 
+class WorseAfterTheLastGoodEvent(pl.Callback):
+    """Spoils the last bias one step after every event that found the budget met."""
+
+    def __init__(self, callback: CompressionBudget) -> None:
+        self.callback = callback
+        self.good: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
+        controller = self.callback.controller
+        if controller is None or controller.kept is None or trainer.global_step < 48:
+            return
+        self.good = {key: value.clone() for key, value in controller.kept["module"].items()}
+        with torch.no_grad():
+            list(pl_module.model.over_arch.parameters())[-1].add_(5.0)  # type: ignore[union-attr]
+
+
+def test_a_run_ends_with_the_last_good_state(tmp_path: Path) -> None:
+    callback, module = budget(max_ne_loss=0.05), model()
+    spoiler = WorseAfterTheLastGoodEvent(callback)
+    last = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, save_last=True, save_on_train_epoch_end=True)
+    fit(module, callback, spoiler, last, enable_checkpointing=True)
+    assert callback.met and spoiler.good
+    assert_equal(spoiler.good, state_of(module))
+    assert_equal(spoiler.good, torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the second run writes no checkpoints
 def test_a_resume_on_probation_is_bit_identical(tmp_path: Path) -> None:
     through, second = model(), model()

@@ -90,10 +90,10 @@ def test_the_cheap_method_pays_for_the_whole_way() -> None:
 def test_costs_and_price_are_those_worked_by_hand() -> None:
     curve, controller = Curve({"width": 0.01, "precision": 0.001}), controller_for(1.0)
     controller.event(curve)
-    # 0.25 of an e-fold costs 0.0025 or 0.00025 of NE; the price starts at 0.002 per e-fold and has risen once.
+    # 0.25 of an e-fold costs 0.0025 or 0.00025 of NE; the price starts at 0.002 per e-fold and has risen once, by half.
     assert controller.costs["width"] == pytest.approx(0.01, rel=1e-3)
     assert controller.costs["precision"] == pytest.approx(0.001, rel=1e-3)
-    assert controller.price == pytest.approx(0.002 * 1.2, rel=1e-5)
+    assert controller.price == pytest.approx(0.002 * 1.5, rel=1e-5)
     assert curve.units["precision"] == pytest.approx(0.25, rel=1e-4)
 
 
@@ -115,6 +115,14 @@ def test_the_price_rises_until_it_pays_for_the_dear_method() -> None:
     assert curve.units["width"] == 0.0 and prices == sorted(prices)
     run(controller, curve, 5)
     assert controller.met(curve.size(), curve.ne())
+
+
+def test_the_price_stays_near_what_the_guard_allows() -> None:
+    curve, controller = Curve({"width": 0.01, "precision": 0.02}), controller_for(1.0)  # 0.002 pays for 0.2 e-folds
+    prices = run(controller, curve, 40)
+    assert not controller.met(curve.size(), curve.ne()) and curve.units["width"] > 0.19
+    # Twice the cost of the smallest step, 0.01 e-folds for all of 0.002, and one rise after that; 1.5 ** 40 without.
+    assert 0.1 < max(prices) <= 2 * 0.2 * 1.5
 
 
 def test_harm_that_shows_later_is_rolled_back_to_the_very_state() -> None:
@@ -175,6 +183,63 @@ def test_without_a_guard_methods_act_in_turn() -> None:
     run(controller, curve, 6)
     assert 0.98 * controller.budget <= curve.size() <= controller.budget
     assert curve.restored == 0 and min(curve.units.values()) >= 0.25
+
+
+def test_a_run_that_would_end_outside_the_guard_goes_back_to_the_last_good_state() -> None:
+    curve, controller = Curve({"width": 0.001}), controller_for(0.5)
+    run(controller, curve, 5)
+    for _ in range(2):
+        controller.event(curve)  # met: kept, the last time at 0.5 e-folds
+    good = curve.units["width"]
+    curve.units["width"] = 0.7
+    curve.level = 0.9  # for other reasons; not within what a step may cost
+    report = controller.finish(curve)
+    assert report.rolled_back and report.inside and curve.units["width"] == good
+    assert controller.met(report.size, report.ne) and controller.kept is None
+
+
+@pytest.mark.parametrize("control", [{"window": 50}, {"keep_good": False}])
+def test_a_stream_keeps_no_state(control: dict[str, Any]) -> None:
+    curve, controller = Curve({"width": 0.001}), controller_for(0.5, **control)
+    run(controller, curve, 6)
+    assert controller.met(curve.size(), curve.ne()) and controller.kept is None
+    curve.level = 0.9
+    assert not controller.finish(curve).rolled_back
+
+
+def test_of_states_above_the_budget_the_smallest_is_kept() -> None:
+    curve = Curve({"width": 0.01})  # 0.002 of NE pays for 0.2 e-folds
+    controller = controller_for(1.0, price_rate=5.0, patience=1)
+    run(controller, curve, 12)
+    assert not controller.met(curve.size(), curve.ne())
+    for _ in range(2):
+        controller.event(curve)
+    smallest = curve.units["width"]
+    assert smallest > 0.1
+    curve.level = 0.81
+    for _ in range(20):
+        controller.event(curve)
+    assert curve.units["width"] < smallest  # bytes were given back outside the guard
+    curve.level = NE
+    assert controller.finish(curve).rolled_back and curve.units["width"] == smallest
+
+
+def test_bytes_are_given_back_after_an_epoch_and_three_events_outside() -> None:
+    for epoch, control, events in ((0, {}, 3), (8, {}, 11), (8, {"window": 5}, 3), (8, {"patience": 2}, 2)):
+        curve, controller = Curve({"width": 0.001}), controller_for(0.25, **control)
+        controller.epoch = epoch
+        run(controller, curve, 3)
+        size, controller.price = curve.size(), 1e-9
+        curve.level = 0.9
+        for _ in range(events - 1):
+            assert controller.event(curve).acted is None
+        assert curve.size() == size and controller.event(curve).acted == "width" and curve.size() > size
+
+
+def test_a_run_that_was_never_compressed_keeps_no_state() -> None:
+    curve, controller = Curve({"width": 0.001}), controller_for(-1.0)  # twice as much as there is
+    run(controller, curve, 3)
+    assert controller.met(curve.size(), curve.ne()) and controller.kept is None
 
 
 def test_what_is_not_ready_is_only_measured() -> None:
