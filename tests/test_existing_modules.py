@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,8 @@ class Sizes(Sum):
 def test_each_table_is_cut_as_finely_as_its_dim_allows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = Sizes()
     with pytest.warns(UserWarning, match=r"no multiple of 4 stay as they are: offset \(dim 1\)\..*'!offset'"):
-        trainer = fit(module, 2)
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+            trainer = fit(module, 2)
     assert "'narrow' of dim 8 into 2 × 4; 'odd' of dim 20 into 1 × 20 columns" in caplog.text
     engines: list[Any] = [module.table, module.narrow, module.odd]
     assert [table.engine.tables[0].chunks for table in engines] == [4, 2, 1]

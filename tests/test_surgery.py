@@ -180,7 +180,7 @@ def test_embedding_bag_arguments_are_checked() -> None:
         stand_in(torch.tensor([1]))
     with pytest.raises(ValueError, match="offsets must be None when input is 2-D"):
         stand_in(torch.tensor([[1]]), torch.tensor([0]))
-    with pytest.raises(IndexError, match="id 7 at position 1 of the batch is outside table 'table' with 7 rows"):
+    with pytest.raises(IndexError, match="id 7 at position 1 of the batch is outside table 'host' with 7 rows"):
         stand_in(torch.tensor([[1, 7]]))
 
 

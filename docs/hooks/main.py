@@ -5,7 +5,9 @@ A mark is a line ``<!-- docs:NAME ARGUMENT -->``. One that nobody knows, or that
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ _METHODS, _API = "Methods", "Python API"
 _FILLS: dict[str, Callable[[str], str]] = {
     "check": checks.render,
     "commands": lambda _: commands.render(),
+    "conformance": lambda _: conformance(),
     "examples": lambda _: examples.render(),
     "figure": lambda name: figure(name),
     "file": lambda path: examples.listing(path),
@@ -91,10 +94,22 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             raise PluginError(f"{page.file.src_uri}: nothing fills {mark[0]}; known are {', '.join(_FILLS)}")
         try:
             return _FILLS[name](argument)
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, subprocess.CalledProcessError) as error:
             raise PluginError(f"{page.file.src_uri}: {mark[0]} cannot be filled: {error!r}") from error
 
     return _MARK.sub(fill, markdown)
+
+
+def conformance() -> str:
+    """Tables of what the conformance suite asserts: every callback with every check, and with every other callback.
+
+    Returns:
+        Markdown.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "tests.conformance.table"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def figure(name: str) -> str:

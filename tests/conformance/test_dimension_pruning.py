@@ -38,7 +38,7 @@ def test_byte_budget_is_held_at_every_step(budget: str, optimizer: str) -> None:
 
 def test_infeasible_budget_is_refused() -> None:
     with pytest.raises(
-        BudgetError, match=r"a budget of 2,000 bytes is not above the .* bytes that router and utilities"
+        BudgetError, match=r"a budget of 2,000 bytes is not above the .* bytes that router, utilities and counters"
     ):
         fit(model(), DimensionPruning(budget="2kB"))
 

@@ -224,7 +224,7 @@ def test_one_table_too_large_for_a_rank_is_named() -> None:
 def test_tables_that_cannot_be_pruned_get_no_target() -> None:
     said = no_plan(
         planner(Machine(ranks=2, ddr=10**6).topology(), constraints=constraints(["t"], "row_wise")),
-        bags({"t": (100_000, 12)}),
+        bags({"t": (200_000, 6)}),
     )
     assert "DimensionPruning" not in said and "at least 6 ranks" in said
 

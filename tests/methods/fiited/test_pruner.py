@@ -192,7 +192,7 @@ def test_budget_counts_everything(layout: ChunkLayout, kind: FusedKind, scope: s
 
 def test_budget_below_what_routing_needs_is_refused() -> None:
     with pytest.raises(
-        BudgetError, match=r"budget of 1,000 bytes is not above the [\d,]+ bytes that router and utilities"
+        BudgetError, match=r"budget of 1,000 bytes is not above the [\d,]+ bytes that router, utilities and counters"
     ):
         make(budget=1000)
 
