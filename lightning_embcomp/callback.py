@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_embcomp.averaging import AVERAGING
 from lightning_embcomp.composition import STAGES, Property
 from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.engine.host import EngineHost, HeldTable
@@ -252,17 +252,10 @@ def check_fused_settings(trainer: pl.Trainer, who: str) -> None:
             )
 
 
-_AVERAGING = tuple(
-    getattr(lightning_callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging")
-    if hasattr(lightning_callbacks, name)  # the second came with Lightning 2.6
-)
-
-
 def check_averaging(trainer: pl.Trainer, who: str) -> None:
     """Refuse callbacks that average parameters, whose average would be of other rows, or of the dense part alone."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(other, _AVERAGING):
+        if isinstance(other, AVERAGING):
             raise SetupError(
                 f"{who}: {type(other).__name__} averages parameters by their position, but rows of compressed tables"
                 " move while they train, and tables with a fused optimizer are no parameters. Leave it out"

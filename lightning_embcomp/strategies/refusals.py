@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from lightning_embcomp.averaging import AVERAGING
 from lightning_embcomp.strategies.errors import ShardingError
 
-AVERAGING = tuple(
-    getattr(callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging")
-    if hasattr(callbacks, name)  # the second came with Lightning 2.6
-)
-"""Lightning's callbacks that average parameters."""
 _TRUE_PRECISIONS = ("16-true", "bf16-true", "64-true", "transformer-engine", "transformer-engine-float16")
 
 
