@@ -32,7 +32,7 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
         array_type = signature.args[0]
         view = cgutils.create_struct_proxy(array_type)(context, builder, args[0])
         pointer = builder.bitcast(builder.gep(view.data, [args[1]]), ir.IntType(8).as_pointer())
-        _emit_prefetch(builder, pointer)
+        emit_prefetch(builder, pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -43,7 +43,7 @@ def prefetch_address(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at an address; never faults."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -131,6 +131,17 @@ def store_i32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def load_u64(typing_context: Any, address: Any, index: Any) -> Any:
+    """Read the ``index``-th uint64 after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return types.uint64(types.int64, types.int64), generate
+
+
+@intrinsic
 def load_u8(typing_context: Any, address: Any, index: Any) -> Any:
     """Read the ``index``-th byte after ``address``."""
 
@@ -197,7 +208,7 @@ def bits_float(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-def _emit_prefetch(builder: Any, pointer: Any) -> None:
+def emit_prefetch(builder: Any, pointer: Any) -> None:
     """Emit ``llvm.prefetch`` for reading with high temporal locality."""
     i32 = ir.IntType(32)
     function_type = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])

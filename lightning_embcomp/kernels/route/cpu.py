@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.compile import threaded, threads_for
-from lightning_embcomp.kernels.intrinsics import popcount, prefetch
+from lightning_embcomp.kernels.intrinsics import load_i32, load_u8, load_u64, popcount, prefetch_address
 from lightning_embcomp.kernels.route.reference import IdOutOfRangeError
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, IdRoutes, RoutedBatch, RouterTensors
 
@@ -33,12 +33,12 @@ def _find(
     bag_start: Any,
     table_of: Any,
     words: Any,
-    words32: Any,
     start: Any,
     stride: Any,
     planes: Any,
     rows: Any,
     class_of_code: Any,
+    codes: Any,
     id_class: Any,
     id_slot: Any,
     bad: Any,
@@ -47,34 +47,34 @@ def _find(
     for chunk in numba.prange(chunk_bag.shape[0] - 1):
         for feature in range(table_of.shape[0]):
             table = table_of[feature]
-            first_word, words_per_block, bit_planes, limit = start[table], stride[table], planes[table], rows[table]
+            bit_planes, limit = planes[table], np.uint64(rows[table])
+            blocks, block_bytes = words + 8 * start[table], 8 * stride[table]
+            bases, classes = 8 * bit_planes - 4, class_of_code + codes * table
             first = offsets[max(bag_start[feature], chunk_bag[chunk])]
             last = offsets[max(bag_start[feature], min(bag_start[feature + 1], chunk_bag[chunk + 1]))]
             for i in range(first, last):
-                if i + _AHEAD < last:
-                    near = ids[i + _AHEAD]
-                    if near >= 0 and near < limit:
-                        prefetch(words, np.intp(first_word + (near >> 6) * words_per_block))
-                row = np.int64(ids[i])
-                if row < 0 or row >= limit:
+                # A prefetch never faults, so ids need not be checked before it.
+                near = np.int64(ids[np.uint64(min(i + _AHEAD, last - 1))])
+                prefetch_address(blocks + (near >> 6) * block_bytes)
+                row = np.int64(ids[np.uint64(i)])
+                if np.uint64(row) >= limit:
                     if bad[chunk] < 0:
                         bad[chunk] = i
                     id_class[i] = NO_CLASS
                     continue
-                block = first_word + (row >> 6) * words_per_block
+                block = blocks + (row >> 6) * block_bytes
                 bit = np.uint64(row & 63)
-                code, same = _read_plane(words[block], bit, 0, np.int64(0), ~np.uint64(0))
+                code, same = _read_plane(load_u64(block, 0), bit, 0, np.int64(0), ~np.uint64(0))
                 if bit_planes > 1:
-                    code, same = _read_plane(words[block + 1], bit, 1, code, same)
+                    code, same = _read_plane(load_u64(block, 1), bit, 1, code, same)
                 if bit_planes > 2:  # four chunks have three planes: a loop over them would cost more than they do
-                    code, same = _read_plane(words[block + 2], bit, 2, code, same)
+                    code, same = _read_plane(load_u64(block, 2), bit, 2, code, same)
                 for plane in range(3, bit_planes):
-                    code, same = _read_plane(words[block + plane], bit, plane, code, same)
+                    code, same = _read_plane(load_u64(block, plane), bit, plane, code, same)
                 rank = popcount(same & ((np.uint64(1) << bit) - np.uint64(1)))
-                row_class = class_of_code[table, code]
-                id_class[i] = NO_CLASS if row_class < 0 else row_class
+                id_class[np.uint64(i)] = load_u8(classes, code)
                 # Of code 0, which has no slot, this reads a plane.
-                id_slot[i] = words32[2 * (block + bit_planes) + code - 1] + np.int32(rank)
+                id_slot[np.uint64(i)] = load_i32(block + bases, code) + np.int32(rank)
 
 
 @threaded()
@@ -133,6 +133,7 @@ def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTens
     """Numba twin of :func:`lightning_embcomp.kernels.route.reference.find`."""
     ids, bounds = indices.contiguous().numpy(), offsets.contiguous().numpy()
     id_class, id_slot = np.empty(ids.shape[0], np.uint8), np.empty(ids.shape[0], np.int32)
+    class_of_code = router.class_of_code.numpy().astype(np.uint8, order="C")  # -1 becomes NO_CLASS
     chunk_bag = _chunks(bounds)
     bad = np.full(chunk_bag.shape[0] - 1, -1, np.int64)
     _find(
@@ -142,13 +143,13 @@ def find(indices: Tensor, offsets: Tensor, layout: BagLayout, router: RouterTens
         chunk_bag,
         layout.bag_start.numpy(),
         layout.table.numpy(),
-        router.words.numpy().view(np.uint64),
-        router.words.numpy().view(np.int32),
+        router.words.data_ptr(),
         router.start.numpy(),
         router.stride.numpy(),
         router.planes.numpy(),
         router.rows.numpy(),
-        router.class_of_code.numpy(),
+        class_of_code.ctypes.data,
+        class_of_code.shape[1],
         id_class,
         id_slot,
         bad,
