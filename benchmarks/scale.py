@@ -2,11 +2,12 @@
 
 ::
 
-    python -m benchmarks.scale        # writes benchmarks/results/scale.json; 20 minutes, 12 GB
+    python -m benchmarks.scale        # writes benchmarks/results/scale.json; 25 minutes, 12 GB
 
 Every sweep changes one size, gives seconds per size, and the exponent of the power law that fits them (least squares of
-the logarithms): 0 does not grow, 1 grows in proportion. ``routing`` compares the routing kernel with the least that
-any router must do: fetch one cache line per id from a random place of the same memory.
+the logarithms): 0 does not grow, 1 grows in proportion; how well it fits stands beside. ``routing`` compares the
+routing kernel with the least that any router must do: fetch one cache line per id from a random place of the same
+memory. ``ranks`` is :mod:`benchmarks.scale_ranks`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numba
 import numpy as np
 import torch
 
+from benchmarks import scale_ranks
 from benchmarks.machine import describe
 from benchmarks.speed import interleaved, look_up, pruned_engine, zipf_ids
 from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -43,9 +45,28 @@ ROWS = (1_000_000, 10_000_000, 100_000_000)
 LINE_WORDS = 8
 
 
-def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Slope of log seconds over log size."""
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+def fit(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """How well a power law fits.
+
+    Args:
+        sizes: What grows.
+        seconds: What it costs.
+
+    Returns:
+        ``exponent``, the share of the variance of log seconds that it explains (``r_squared``, which says little where
+        the cost hardly grows), and the largest factor between a measurement and the law (``worst_factor``).
+
+    Example:
+        >>> fit([1, 10, 100], [2, 20, 200])
+        {'exponent': 1.0, 'r_squared': 1.0, 'worst_factor': 1.0}
+    """
+    x, y = np.log(sizes), np.log(seconds)
+    slope, start = np.polyfit(x, y, 1)
+    off = y - slope * x - start
+    spread = float(((y - y.mean()) ** 2).sum())
+    explained = 1 - float((off**2).sum()) / spread if spread else 1.0
+    found = {"exponent": slope, "r_squared": explained, "worst_factor": np.exp(np.abs(off).max())}
+    return {name: round(float(value), 6) + 0.0 for name, value in found.items()}
 
 
 def batches(
@@ -71,7 +92,7 @@ def sweep(name: str, rounds: int) -> dict[str, Any]:
         step = partial(look_up, engine, *batches(**case))
         seconds += interleaved([step], rounds)
         print(name, size, f"{seconds[-1] * 1e3:.2f} ms", flush=True)
-    return {"sizes": SWEEPS[name], "seconds": seconds, "exponent": exponent(SWEEPS[name], seconds)}
+    return {"sizes": SWEEPS[name], "seconds": seconds, **fit(SWEEPS[name], seconds)}
 
 
 def rows_sweep(rounds: int, most: int) -> dict[str, Any]:
@@ -94,7 +115,7 @@ def rows_sweep(rounds: int, most: int) -> dict[str, Any]:
         found["event"].append(float(np.median(taken)))
         print(rows, {kind: f"{found[kind][-1] * 1e3:.2f} ms" for kind in kinds}, flush=True)
         del engine, pruner
-    found["exponent"] = {kind: exponent(found["sizes"], found[kind]) for kind in kinds}
+    found["fit"] = {kind: fit(found["sizes"], found[kind]) for kind in kinds}
     found["event_ns_per_row"] = [s / n * 1e9 for s, n in zip(found["event"], found["sizes"], strict=True)]
     return found
 
@@ -152,6 +173,7 @@ def main() -> None:
         **{name: partial(lambda n: sweep(n, args.rounds), name) for name in SWEEPS},
         "rows": lambda: rows_sweep(args.rounds, args.most_rows),
         "routing": lambda: routing(args.rounds, args.most_rows),
+        "ranks": scale_ranks.ranks,
     }
     parser.add_argument("--only", choices=list(parts), nargs="*", default=list(parts), help="parts to run")
     args = parser.parse_args()

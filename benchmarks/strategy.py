@@ -200,15 +200,23 @@ def work(size: int, rounds: int, steps: int) -> None:
     os._exit(0)
 
 
-def measure(processes: int, size: int, rounds: int, steps: int) -> dict[str, float]:
-    """Medians of process 0, in seconds per step."""
+def run_workers(module: str, argument: str, processes: int) -> list[str]:
+    """Start processes of one benchmark, each with one thread, that talk to each other by gloo.
+
+    Args:
+        module: Dotted name.
+        argument: What they are given as ``--worker``.
+        processes: How many.
+
+    Returns:
+        What each of them printed.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.strategy", "--worker", f"{size},{rounds},{steps}"]
     workers = [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", module, "--worker", argument],
             env={
                 **os.environ,
                 "RANK": str(rank),
@@ -226,11 +234,17 @@ def measure(processes: int, size: int, rounds: int, steps: int) -> dict[str, flo
         for rank in range(processes)
     ]
     try:
-        said = [worker.communicate(timeout=1800)[0] for worker in workers]
+        return [worker.communicate(timeout=1800)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    return json.loads(said[0].strip().splitlines()[-1])
+
+
+def measure(processes: int, size: int, rounds: int, steps: int) -> dict[str, float]:
+    """Medians of process 0, in seconds per step."""
+    said = run_workers("benchmarks.strategy", f"{size},{rounds},{steps}", processes)
+    found: dict[str, float] = json.loads(said[0].strip().splitlines()[-1])
+    return found
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from docs.hooks import ROOT, checks
+from docs.hooks import ROOT, checks, growth
 
 _RESULTS = ROOT / "benchmarks" / "results"
 _IMAGES = ROOT / "docs" / "images"
@@ -75,7 +75,10 @@ def others() -> str:
         if path.stem in _TABLES:
             continue
         found = load(path.stem)
-        tables = [f"{title}\n\n{table(rows)}" if title else table(rows) for title, rows in flat_lists(found)]
+        if path.stem in _BELOW:
+            tables = [_BELOW[path.stem](found)]
+        else:
+            tables = [f"{title}\n\n{table(rows)}" if title else table(rows) for title, rows in flat_lists(found)]
         parts.append("\n\n".join([f"### {path.stem}", *tables, provenance(path.stem, found)]))
     return "\n\n".join(parts)
 
@@ -422,6 +425,10 @@ def _plans(found: Row) -> str:
     return table(rows)
 
 
+def _joined(parts: list[str | list[Row]]) -> str:
+    return "\n\n".join(part if isinstance(part, str) else table(part) for part in parts)
+
+
 _TABLES: dict[str, Callable[[Any], str]] = {
     "communication": _communication,
     "dct": _dct,
@@ -429,8 +436,11 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "memory": _memory,
     "plans": _plans,
     "precision": _precision,
+    "profile": lambda found: _joined(growth.profile(found)),
     "quality": _quality,
     "serving": _serving,
     "speed-1-threads": _speed,
     "strategy": _strategy,
 }
+_BELOW: dict[str, Callable[[Any], str]] = {"scale": lambda found: _joined(growth.scale(found))}
+"""Files that take long to make and may be missing: they stand among the others if they are there."""
