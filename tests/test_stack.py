@@ -23,6 +23,8 @@ def versions(
         versions("2.13.1+cu130", cuda="1.8.0"),
         versions("2.13.0", "1.8.0+cpu", cpu="1.8.0+cpu"),
         versions("2.11.0", "1.6.0", cuda="1.6.0"),
+        versions("2.13.0+cu130", "1.8.0+cu130", cuda="1.8.0+cu130"),
+        versions("2.11.0+cu130", "1.6.1", cpu="1.6.0"),
     ],
 )
 def test_known_trios_pass(good: dict[str, str | None]) -> None:
@@ -39,6 +41,12 @@ def test_known_trios_pass(good: dict[str, str | None]) -> None:
         (versions("2.15.0", "1.9.0", cuda="1.9.0"), "torch 2.15.0 is not a release", '"torch==2.13.*"'),
         (versions(cuda="1.8.0", cpu="1.8.0"), "both installed", "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu"),
         (versions("2.13.0+cpu", cuda="1.8.0"), "CUDA build", "pip uninstall -y fbgemm-gpu\n"),
+        (versions("2.13.0+cu130", cuda="1.8.0+cu126"), "different releases of CUDA", "download.pytorch.org/whl/cu130"),
+        (
+            versions("2.11.0+cu130", "1.6.0", cuda="1.8.0"),
+            "needs fbgemm-gpu 1.6",
+            '"torch==2.11.*" "fbgemm-gpu==1.6.*"',
+        ),
         (versions(torch=None, cpu="1.8.0"), "torch is not installed", '"torch==2.13.*"'),
         (versions(torchrec=None, cpu="1.8.0"), "torchrec is not installed", '"torchrec==1.8.*"'),
         (versions(), "neither fbgemm-gpu-cpu nor fbgemm-gpu", '"fbgemm-gpu-cpu==1.8.*"'),

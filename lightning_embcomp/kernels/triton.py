@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_embcomp.kernels.graphs import capturing, keep_for_graph
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -136,7 +137,8 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
             gone when the graph runs.
     """
     tensor, stream, event = _constant(tuple(values), dtype, device)
-    if event is not None and not torch.cuda.is_current_stream_capturing():
+    keep_for_graph(tensor, device)
+    if event is not None and not capturing(device):
         current = torch.cuda.current_stream(device)
         if current != stream:
             current.wait_event(event)
@@ -155,7 +157,7 @@ def _constant(
     made = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return made.to(device), None, None
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError("run a step of the same shapes before capturing a CUDA graph: it needs constants on the GPU")
     tensor = made.pin_memory().to(device, non_blocking=True)
     event = torch.cuda.Event()

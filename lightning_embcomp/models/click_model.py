@@ -1,6 +1,7 @@
 """The reference pipeline: a LightningModule around TorchRec's click-through models."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp.errors import NonFiniteLossError
+from lightning_embcomp.kernels.route.watch import report_later
 from lightning_embcomp.metrics import Calibration, LogLoss, NormalizedEntropy
 from lightning_embcomp.models.architectures import Architecture, build_dcn, build_deepfm, build_dlrm
 from lightning_embcomp.models.collections import EmbeddingOptimizer, Pooling, build_collection, table_configs
@@ -199,12 +201,16 @@ class ClickModel(pl.LightningModule):
             Scalar loss.
 
         Raises:
-            NonFiniteLossError: If the loss is NaN or infinite.
+            NonFiniteLossError: If the loss is NaN or infinite; on a GPU, in a later step, so that no step waits.
         """
         dense, sparse, label = batch
         loss = binary_cross_entropy_with_logits(self(dense, sparse), label)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._explain_non_finite(loss.item(), batch, batch_idx))
+        where = f"at global step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx})"
+        explain = partial(self._explain_non_finite, loss.detach(), batch, where)
+        if loss.device.type == "cuda":
+            report_later(torch.isfinite(loss.detach()).logical_not().long().view(1), explain)
+        elif not torch.isfinite(loss):
+            explain()
         self.log("train_loss", loss, prog_bar=True, batch_size=label.numel())
         return loss
 
@@ -344,14 +350,17 @@ class ClickModel(pl.LightningModule):
             )
         return getattr(datamodule, attribute)
 
-    def _explain_non_finite(self, loss: float, batch: Batch, batch_idx: int) -> str:
-        where = f"at global step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx})"
+    def _explain_non_finite(self, loss: Tensor, batch: Batch, where: str, wrong: int = 1) -> None:
+        if not wrong:
+            return
         for name, tensor in (("dense features", batch[0]), ("labels", batch[2])):
             if not torch.isfinite(tensor).all():
-                return f"the loss is {loss} {where}: the {name} of this batch hold NaN or infinity; clean the data"
-        return (
-            f"the loss is {loss} {where} although the batch is finite: the weights have diverged; lower dense_lr="
-            f"{self.hparams['dense_lr']} or embedding_lr={self.embedding_lr}"
+                raise NonFiniteLossError(
+                    f"the loss is {loss.item()} {where}: the {name} of this batch hold NaN or infinity; clean the data"
+                )
+        raise NonFiniteLossError(
+            f"the loss is {loss.item()} {where} although the batch is finite: the weights have diverged; lower"
+            f" dense_lr={self.hparams['dense_lr']} or embedding_lr={self.embedding_lr}"
         )
 
 

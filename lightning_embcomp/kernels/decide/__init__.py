@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_embcomp.kernels.decide import cpu, reference
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 
 __all__ = ["count_cells", "decide"]
 
@@ -20,10 +20,10 @@ def count_cells(codes: Tensor, utility: Tensor, counts: Tensor, *, prefix: bool)
     Args:
         codes: Present codes, uint8 ``(n,)``.
         utility: Non-negative bfloat16 ``(n, parts)``.
-        counts: int64 ``(parts, states, 32768)``, changed in place.
+        counts: int64 ``(parts, states, 32768)`` on the device of the rows or in host memory, changed in place.
         prefix: Whether the state is the code itself.
     """
-    kernel = cpu.count_cells if backend_for(codes.device) == "cpu" else reference.count_cells
+    kernel = choose(codes.device, cpu.count_cells, reference.count_cells)
     kernel(codes, utility, counts, prefix=prefix)
 
 
@@ -41,7 +41,8 @@ def decide(
     Args:
         codes: Present codes, uint8 ``(n,)``.
         utility: Non-negative bfloat16 ``(n, parts)``.
-        keep: Chunks to keep per cell, uint8 ``(parts, states, 32768)``; 0 or 1 per part unless ``prefix``.
+        keep: Chunks to keep per cell, uint8 ``(parts, states, 32768)``, wherever it is; 0 or 1 per part unless
+            ``prefix``.
         partial: ``(part, state, bin, rows)``: the first so many rows of that cell keep one more; part -1 for none.
         seen: Rows of the partial cell in earlier slabs.
         prefix: Whether the state is the code itself.
@@ -49,5 +50,5 @@ def decide(
     Returns:
         New codes, uint8 ``(n,)``, and the rows of the partial cell seen so far.
     """
-    kernel = cpu.decide if backend_for(codes.device) == "cpu" else reference.decide
+    kernel = choose(codes.device, cpu.decide, reference.decide)
     return kernel(codes, utility, keep, partial, seen, prefix=prefix)

@@ -1,7 +1,4 @@
-"""Decisions in plain PyTorch: the definition that the fast path is tested against, and what runs on a GPU.
-
-The histogram and the table of decisions stay in host memory.
-"""
+"""Decisions in plain PyTorch: the definition that the fast paths are tested against."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_embcomp.kernels.dispatch import backend_for
+from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.relocate import cpu, reference
 from lightning_embcomp.kernels.types import ClassColumns, RouterTensors
 
@@ -25,7 +25,7 @@ def unpack(router: RouterTensors, table: int, start: int, stop: int) -> tuple[Te
     Returns:
         Codes, uint8 ``(n,)``, and slots, int32 ``(n,)``; -1 where the code is 0.
     """
-    kernel = cpu.unpack if backend_for(router.words.device) == "cpu" else reference.unpack
+    kernel = choose(router.words.device, cpu.unpack, reference.unpack)
     return kernel(router, table, start, stop)
 
 
@@ -42,7 +42,7 @@ def pack(router: RouterTensors, table: int, start: int, codes: Tensor, next_slot
     Returns:
         Slots, int32 ``(n,)``; -1 where the code is 0.
     """
-    kernel = cpu.pack if backend_for(router.words.device) == "cpu" else reference.pack
+    kernel = choose(router.words.device, cpu.pack, reference.pack)
     return kernel(router, table, start, codes, next_slot)
 
 
@@ -67,6 +67,5 @@ def move_rows(
         target: New storage of each class, same kind and dtype; changed in place.
         rowwise: Whether the storage holds one number per row (row-wise optimizer state) instead of columns.
     """
-    device = old[0].device
-    kernel = cpu.move_rows if backend_for(device) == "cpu" else reference.move_rows
+    kernel = choose(old[0].device, cpu.move_rows, reference.move_rows)
     kernel(old, new, class_of_code, columns, source, target, rowwise=rowwise)

@@ -1,7 +1,4 @@
-"""Relocation in plain PyTorch: the definition that the fast path is tested against, and what runs on a GPU.
-
-Rows move at rare events, in slabs; there the host waits for sizes.
-"""
+"""Relocation in plain PyTorch: the definition that the fast paths are tested against."""
 
 from __future__ import annotations
 

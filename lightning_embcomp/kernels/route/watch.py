@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_embcomp.kernels.graphs import capturing
 from lightning_embcomp.kernels.route.reference import IdOutOfRangeError
 from lightning_embcomp.kernels.types import BagLayout, RouterTensors
 
@@ -77,8 +78,8 @@ def report_later(found: Tensor, raise_for: Callable[[int], None]) -> None:
         raise_for(found.tolist()[0])
         return
     check(device)
-    if torch.cuda.is_current_stream_capturing():
-        return
+    if capturing(device):
+        return  # a graph has nobody to report to
     answer = torch.empty(1, dtype=torch.int64, pin_memory=True)
     answer.copy_(found, non_blocking=True)
     event = torch.cuda.Event()
@@ -97,14 +98,18 @@ def check(device: torch.device, *, wait: bool = False) -> None:
         IdOutOfRangeError: If there was one; errors of :func:`report_later` as well.
     """
     waiting = _waiting[device if device.index is not None else torch.device(device.type, torch.cuda.current_device())]
-    while waiting and not torch.cuda.is_current_stream_capturing():
+    while waiting and not capturing(device):
         raise_for, answer, event = waiting[0]
         if wait:
             event.synchronize()
         elif not event.query():
             return
         waiting.popleft()
-        raise_for(int(answer[0]))
+        try:
+            raise_for(int(answer[0]))
+        except BaseException:
+            waiting.clear()  # what followed belongs to the run that ends here
+            raise
 
 
 def _raise_for(findings: Findings, position: int) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightning_embcomp.kernels.update import UpdateRule, update_rows
-from tests.kernels import triton_checks
+from tests.kernels import triton_checks, triton_runs
 from tests.kernels.cases import LARGE
-from tests.kernels.triton_checks import CHECKS, on_device
+from tests.kernels.triton_runs import CHECKS, on_device
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -35,7 +35,7 @@ def test_many_programs(
 ) -> None:
     """Several programs of every kernel, and rows with thousands of occurrences."""
     monkeypatch.setitem(triton_checks.ALL, "large", LARGE)
-    monkeypatch.setattr(triton_checks, "CLOSE", {"rtol": 1e-4, "atol": 1e-4})
+    monkeypatch.setattr(triton_runs, "CLOSE", {"rtol": 1e-4, "atol": 1e-4})
     check(DEVICE, "large", *variant)
 
 
