@@ -40,16 +40,19 @@ def attach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Opti
                     state[key] = _empty_like(value, template, rows)
             for key, value in optimizer.state[rows.parameter].items():
                 if _is_per_row(value):
-                    rows.companions[key] = Storage(value, rowwise=value.dim() == 1)
+                    rowwise = value.shape != rows.parameter.shape
+                    rows.companions[key] = Storage(value.reshape(-1) if rowwise else value, rowwise=rowwise)
 
 
 def detach(classes: Sequence[TrainedRows], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Give the moved state back to the optimizers."""
     for optimizer in optimizers:
         for rows in classes:
-            state = optimizer.state.get(rows.parameter)
-            if state:
-                state.update({key: storage.tensor for key, storage in rows.companions.items() if key in state})
+            state = optimizer.state.get(rows.parameter) or {}
+            for key, storage in rows.companions.items():
+                if key in state:
+                    one_column = storage.rowwise and state[key].dim() == 2
+                    state[key] = storage.tensor.unsqueeze(1) if one_column else storage.tensor
     for rows in classes:
         rows.companions = {}
 
@@ -60,7 +63,7 @@ def _is_per_row(value: object) -> TypeGuard[Tensor]:
 
 def _check(rows: TrainedRows, state: Mapping[str, object]) -> None:
     for key, value in state.items():
-        if _is_per_row(value) and value.shape not in (rows.parameter.shape, (rows.rows,)):
+        if _is_per_row(value) and value.shape not in (rows.parameter.shape, (rows.rows,), (rows.rows, 1)):
             raise UnmovableStateError(
                 f"optimizer state {key!r} of shape {tuple(value.shape)} belongs to a table parameter of shape"
                 f" {tuple(rows.parameter.shape)}; only state per weight, per row or a single number can follow rows"
@@ -73,4 +76,4 @@ def _empty_like(value: object, template: TrainedRows, rows: TrainedRows) -> obje
         return value.clone() if isinstance(value, Tensor) else value
     if value.shape == template.parameter.shape:
         return value.new_zeros(rows.rows, rows.width)
-    return value.new_zeros(rows.rows)
+    return value.new_zeros(rows.rows, *value.shape[1:])

@@ -21,6 +21,7 @@ from lightning_embcomp.kernels.count.encoding import LOG_VALUES
 from lightning_embcomp.kernels.count.rows import RowCounts
 from lightning_embcomp.kernels.intrinsics import load_f32, load_weight, prefetch_address, store_f32, store_weight
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
+from lightning_embcomp.kernels.update.moments import cpu as moments
 from lightning_embcomp.kernels.update.rule import UpdateRule
 
 _KINDS = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2}
@@ -253,8 +254,13 @@ def update_rows(
     columns: ClassColumns,
     logical: Tensor | None = None,
     counts: RowCounts | None = None,
+    second: Sequence[Tensor | None] | None = None,
+    step: int = 1,
 ) -> None:
     """Numba twin of :func:`lightning_embcomp.kernels.update.reference.update_rows`."""
+    if rules[0].has_moments or rules[0].stochastic_rounding:
+        given = (offsets, weights, layout, columns, logical, counts, second, step)
+        return moments.update_rows(tables, states, rules, grad, routes, *given)
     threads = threads_for(routes.slot.numel(), _IDS_PER_THREAD)
     gradient = grad.detach().float().contiguous()
     width = columns.width.numpy()

@@ -11,7 +11,8 @@ from lightning_embcomp.kernels.assemble.reference import place, runs_of
 from lightning_embcomp.kernels.count.reference import count_rows, row_gain
 from lightning_embcomp.kernels.count.rows import RowCounts
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, IdRoutes
-from lightning_embcomp.kernels.update.rule import UpdateRule
+from lightning_embcomp.kernels.update.moments.rounding import draws, round_to_half
+from lightning_embcomp.kernels.update.rule import FIRST_BY_ROW, UpdateRule
 
 
 def update_rows(
@@ -26,13 +27,16 @@ def update_rows(
     columns: ClassColumns,
     logical: Tensor | None = None,
     counts: RowCounts | None = None,
+    second: Sequence[Tensor | None] | None = None,
+    step: int = 1,
 ) -> None:
     """Plain twin of :func:`lightning_embcomp.kernels.update.update_rows`."""
     if counts is not None:
         assert logical is not None
         count_rows(counts, logical, offsets, layout)
     bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=grad.device), offsets.long().diff())
-    for row_class, (table, state, rule) in enumerate(zip(tables, states, rules, strict=True)):
+    second = [None] * len(tables) if second is None else second
+    for row_class, (table, state, other, rule) in enumerate(zip(tables, states, second, rules, strict=True)):
         mine = (routes.row_class == row_class).nonzero().flatten()
         if mine.numel() == 0:
             continue
@@ -52,13 +56,37 @@ def update_rows(
                     0, occurrence, torch.arange(mine.numel(), device=grad.device), "amin"
                 )
                 _scale(rate, counts, layout.table[feature[first]], logical[mine][first].long())
-            table[slots] -= rate * summed
-            continue
-        assert state is not None
-        squares = summed.square()
-        state[slots] += squares.mean(1) if rule.kind == "rowwise_adagrad" else squares
-        root = state[slots].sqrt() + rule.eps
-        table[slots] -= rule.learning_rate * summed / (root.unsqueeze(1) if root.dim() == 1 else root)
+            change = rate * summed
+        elif rule.has_moments:
+            assert state is not None and other is not None
+            change = rule.learning_rate * _direction(rule, summed, table[slots].float(), slots, state, other, step)
+        else:
+            assert state is not None
+            squares = summed.square()
+            state[slots] += squares.mean(1) if rule.kind == "rowwise_adagrad" else squares
+            root = state[slots].sqrt() + rule.eps
+            change = rule.learning_rate * summed / (root.unsqueeze(1) if root.dim() == 1 else root)
+        updated = table[slots].float() - change
+        if rule.stochastic_rounding and table.dtype == torch.float16:
+            updated = round_to_half(updated, draws(step, row_class, slots, table.shape[1]))
+        table[slots] = updated.to(table.dtype)
+
+
+def _direction(
+    rule: UpdateRule, summed: Tensor, weight: Tensor, slots: Tensor, first: Tensor, second: Tensor, step: int
+) -> Tensor:
+    """Move the moments of rows, and say where their weights go."""
+    by_row = rule.number >= FIRST_BY_ROW
+    squares = summed.square().mean(1) if by_row else summed.square()
+    first[slots] = rule.beta1 * first[slots] + (1.0 - rule.beta1) * summed
+    second[slots] = rule.beta2 * second[slots] + (1.0 - rule.beta2) * squares
+    correct_first, correct_second = rule.corrections(step)
+    root = (second[slots] / correct_second).sqrt() + rule.eps
+    direction = first[slots] / correct_first / (root.unsqueeze(1) if by_row else root) + rule.weight_decay * weight
+    if rule.kind in ("adam", "partial_rowwise_adam"):
+        return direction
+    here, there = weight.norm(dim=1, keepdim=True), direction.norm(dim=1, keepdim=True)
+    return direction * torch.where((here > 0.0) & (there > 0.0), here / there, 1.0)
 
 
 def _scale(rate: Tensor, counts: RowCounts, table_of_row: Tensor, rows: Tensor) -> None:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_embcomp.kernels.count.encoding import STEP_FACTOR
 from lightning_embcomp.kernels.count.rows import RowCounts
 from lightning_embcomp.kernels.count.triton import count_rows, decode, log_values, on_device
 from lightning_embcomp.kernels.occurrences.triton import sort_slots, trace_gradients
@@ -34,12 +35,13 @@ from lightning_embcomp.kernels.triton import (
     widths_and_runs,
 )
 from lightning_embcomp.kernels.types import BagLayout, ClassColumns, IdRoutes
-from lightning_embcomp.kernels.update.rule import UpdateRule
+from lightning_embcomp.kernels.update.moments.triton import direction, round_to_half
+from lightning_embcomp.kernels.update.rule import FIRST_WITH_MOMENTS, UpdateRule
 
-_KINDS = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2}
 _PIECE = 64
 _SGD: tl.constexpr = tl.constexpr(0)
 _ROWWISE: tl.constexpr = tl.constexpr(1)
+_MOMENTS: tl.constexpr = tl.constexpr(FIRST_WITH_MOMENTS)
 
 
 @triton.jit
@@ -109,10 +111,11 @@ def _counted_rate(
     return tl.where(own, tl.minimum(rate * multiplier, tl.load(cap + table, head, other=0.0)), rate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _apply(
     tables,
     states,
+    others,
     rates,
     partial,
     keys,
@@ -135,7 +138,15 @@ def _apply(
     cap,
     floor,
     values,
+    seed,
     eps,
+    keep_first,
+    add_first,
+    keep_second,
+    add_second,
+    first_scale,
+    second_scale,
+    decay,
     n,
     features,
     runs,
@@ -143,6 +154,7 @@ def _apply(
     steps: tl.constexpr,
     counted: tl.constexpr,
     kind: tl.constexpr,
+    rounded: tl.constexpr,
     weight: tl.constexpr,
     piece: tl.constexpr,
     block_rows: tl.constexpr,
@@ -169,6 +181,9 @@ def _apply(
         going = going & (t * piece < n)
         going = going & (tl.load(keys + t * piece, going, other=-1) == key)
 
+    row = tl.load(tables + c, head, other=0).to(tl.pointer_type(weight))
+    row = (row + slot * columns)[:, None] + s
+    updated = tl.load(row, kept, other=0.0).to(tl.float32)
     rate = tl.load(rates + c, head, other=0.0)
     state = tl.load(states + c, head, other=0).to(tl.pointer_type(tl.float32))
     step = rate[:, None] * total
@@ -182,14 +197,36 @@ def _apply(
         moment = tl.load(state + slot, head, other=0.0) + tl.sum(total * total, 1) / columns.to(tl.float32)
         tl.store(state + slot, moment, head)
         step = (rate / (tl.sqrt_rn(moment) + eps))[:, None] * total
+    elif kind >= _MOMENTS:
+        other = tl.load(others + c, head, other=0).to(tl.pointer_type(tl.float32))
+        step = rate[:, None] * direction(
+            total,
+            updated,
+            state,
+            other,
+            slot,
+            columns,
+            s,
+            head,
+            kept,
+            eps,
+            keep_first,
+            add_first,
+            keep_second,
+            add_second,
+            first_scale,
+            second_scale,
+            decay,
+            kind,
+        )
     else:
         place = (state + slot * columns)[:, None] + s
         moments = tl.load(place, kept, other=0.0) + total * total
         tl.store(place, moments, kept)
         step = step / (tl.sqrt_rn(moments) + eps)
-    row = tl.load(tables + c, head, other=0).to(tl.pointer_type(weight))
-    row = (row + slot * columns)[:, None] + s
-    updated = tl.load(row, kept, other=0.0).to(tl.float32) - step
+    updated -= step
+    if rounded:
+        updated = round_to_half(updated, seed, c, slot, columns, s)
     tl.store(row, updated.to(weight), kept)
 
 
@@ -205,6 +242,8 @@ def update_rows(
     columns: ClassColumns,
     logical: Tensor | None = None,
     counts: RowCounts | None = None,
+    second: Sequence[Tensor | None] | None = None,
+    step: int = 1,
 ) -> None:
     """Triton twin of :func:`lightning_embcomp.kernels.update.reference.update_rows`."""
     device, n, features = grad.device, routes.slot.numel(), layout.table.numel()
@@ -213,6 +252,11 @@ def update_rows(
         count_rows(counts, logical, offsets, layout)
     if not n:
         return
+    if (rules[0].has_moments or rules[0].stochastic_rounding) and grad.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph would repeat the step number of fused {rules[0].kind}: capture the dense part only"
+            )
     widths, runs = widths_and_runs(columns)
     grad = grad.detach().contiguous()
     source, scale = trace_gradients(offsets.contiguous(), weights, layout, grad.stride(0), n)
@@ -234,6 +278,7 @@ def update_rows(
     _apply[(triton.cdiv(n, block_rows),)](
         addresses(tables, device),
         addresses(states, device),
+        addresses([None] * len(tables) if second is None else second, device),
         constant([rule.learning_rate for rule in rules], torch.float32, device),
         partial,
         *sorted_ids,
@@ -241,19 +286,26 @@ def update_rows(
         *gradients,
         *stored,
         *(_counted(counts, logical, offsets, layout) if counted else none),
-        rules[0].eps,
+        _signed(step * STEP_FACTOR),
+        *rules[0].numbers(step),
         n,
         features,
         runs,
         max(widths),
         steps_for(features),
         counted,
-        _KINDS[rules[0].kind],
+        rules[0].number,
+        rules[0].stochastic_rounding and tables[0].dtype == torch.float16,
         TYPES[tables[0].dtype],
         _PIECE,
         block_rows,
         block_columns,
     )
+
+
+def _signed(value: int) -> int:
+    """The low 64 bits as int64."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _counted(

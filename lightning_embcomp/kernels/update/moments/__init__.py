@@ -1,0 +1,1 @@
+"""Updates of rows by optimizers with two moments, and with stochastic rounding."""
