@@ -9,6 +9,7 @@ from lightning_embcomp.callbacks.budget import CompressionBudget  # noqa: E402
 from lightning_embcomp.composition import OwnershipError  # noqa: E402
 from lightning_embcomp.deferred import deferred_tables  # noqa: E402
 from lightning_embcomp.engine.counters import CounterSettings  # noqa: E402
+from lightning_embcomp.engine.placement import CacheSettings  # noqa: E402
 from lightning_embcomp.errors import NonFiniteLossError  # noqa: E402
 from lightning_embcomp.export.callback import ModelExport  # noqa: E402
 from lightning_embcomp.methods.budget.config import BudgetControl  # noqa: E402
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetControl",
+    "CacheSettings",
     "CompressionAwarePlanner",
     "CompressionBudget",
     "CompressionCallback",

@@ -2,6 +2,7 @@
 
 from lightning_embcomp.callbacks.budget import CompressionBudget
 from lightning_embcomp.engine.counters import CounterSettings
+from lightning_embcomp.engine.placement import CacheSettings
 from lightning_embcomp.export.callback import ModelExport
 from lightning_embcomp.methods.budget.config import BudgetControl
 from lightning_embcomp.methods.dct.callback import GradientThresholding
@@ -16,6 +17,7 @@ from lightning_embcomp.strategies.resharding import ReshardOnImbalance
 
 __all__ = [
     "BudgetControl",
+    "CacheSettings",
     "CompressionBudget",
     "CounterSettings",
     "DimensionPruning",

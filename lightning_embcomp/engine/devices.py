@@ -41,14 +41,18 @@ def carry(engine: RoutedEmbeddings, device: torch.device) -> None:
                 f" {device}: leave its callback out, or train on {engine.options.device}"
             )
     engine.options = replace(engine.options, device=device)
-    engine.router.tensors = _moved(engine.router.tensors, device)
-    engine.columns = _moved(engine.columns, device)
+    engine.router.tensors = tensors_on(engine.router.tensors, device)
+    engine.columns = tensors_on(engine.columns, device)
     engine.features = replace(engine.features, device=device)
     for rows in engine.classes:
         rows.carry(device)
     if engine.utility is not None:
         engine.utility.carry(device)
+    for attached in engine.attached.values():
+        attached.carry(device)
+    engine.counting.changed()  # it knows addresses
 
 
-def _moved(tensors: _Tensors, device: torch.device) -> _Tensors:
+def tensors_on(tensors: _Tensors, device: torch.device) -> _Tensors:
+    """The same tensors on a device."""
     return replace(tensors, **{field.name: getattr(tensors, field.name).to(device) for field in fields(tensors)})

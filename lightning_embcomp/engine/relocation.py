@@ -1,19 +1,32 @@
-"""Bring the rows of an engine to new codes: count, allocate, stream, adopt."""
+"""Bring the rows of an engine to new codes: count, allocate, stream, adopt.
+
+What a move holds at its peak, beside slabs of 131072 rows:
+
+* on the CPU the larger of the old and the new rows: pages of old storage go back as soon as nothing needs them
+* on a GPU, rows in its memory: there the larger of the old and the new rows; in host memory the new rows, which wait
+  until the old ones are gone
+* on a GPU, rows in unified memory: nothing there; in host memory, where the rows are anyway, the larger of the old and
+  the new rows and once more the largest class, since unified memory is given back by whole tensors only: class by class
+  the rows change to ordinary memory, are moved as on the CPU, and change back
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.devices import tensors_on
 from lightning_embcomp.engine.optimizer_state import attach, detach
 from lightning_embcomp.engine.pages import release_prefix
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.row_class import Storage, TrainedRows, carried
 from lightning_embcomp.kernels.relocate import move_rows
+
+_HOST = torch.device("cpu")
 
 if TYPE_CHECKING:
     from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -31,8 +44,14 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
     engine.router.check_sizes(class_rows)
     attach(trained, optimizers)
     before = [rows.storages() for rows in engine.classes]
-    staged = stages(engine.options.device)
-    place = torch.device("cpu") if staged else engine.options.device
+    device, placement = engine.options.device, engine.options.placement
+    unified = placement.is_unified(device)
+    staged = stages(device) and not unified
+    place = _HOST if staged or unified else device
+    if unified:
+        before.clear()
+        before.extend(_into_host_memory(engine))
+    columns = tensors_on(engine.columns, place) if unified else engine.columns
     after = [rows.allocate(n, place) for rows, n in zip(engine.classes, class_rows, strict=True)]
     next_slot = torch.zeros(len(engine.classes), dtype=torch.int64)
     plan.begin()
@@ -43,23 +62,26 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
             codes = plan.codes(t, start, stop, old[0])
             first = next_slot.clone()
             slots = engine.router.write(t, start, codes, next_slot)
-            if staged:
+            if unified:
+                old, class_of_code = (old[0].to(place), old[1].to(place)), class_of_code.to(place)
+                into, new = after, (codes.to(place), slots.to(place))
+            elif staged:
                 into = _slab_of(engine, first, next_slot)
                 new = (codes, _counted_from(slots, codes, class_of_code, first))
             else:
                 into, new = after, (codes, slots)
             for name, storage in before[0].items():
                 source, target = _named(before, name), _named(into, name)
-                move_rows(old, new, class_of_code, engine.columns, source, target, rowwise=storage.rowwise)
+                move_rows(old, new, class_of_code, columns, source, target, rowwise=storage.rowwise)
             if staged:
                 _fetch(into, after, first.tolist(), next_slot.tolist())
             _release(old, class_of_code, before)
-    if staged:
+    if staged or unified:
         before.clear()
         for rows in engine.classes:  # all old rows go before the first new ones come
-            rows.adopt(0, rows.allocate(0, engine.options.device))
+            rows.adopt(0, rows.allocate(0, device))
     for rows, n in zip(engine.classes, class_rows, strict=True):
-        rows.adopt(n, carried(after.pop(0), engine.options.device))
+        rows.adopt(n, carried(after.pop(0), device, placement))
     engine.table_rows = counts
     detach(trained, optimizers)
     return summary
@@ -68,6 +90,13 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
 def stages(device: torch.device) -> bool:
     """Whether rows wait in host memory until the old ones are gone: only there are pages given back one by one."""
     return device.type != "cpu"
+
+
+def _into_host_memory(engine: RoutedEmbeddings) -> Iterator[dict[str, Storage]]:
+    """Take all rows out of unified memory, class by class; the classes are empty afterwards."""
+    for rows in engine.classes:
+        yield carried(rows.storages(), _HOST)
+        rows.adopt(0, rows.allocate(0, engine.options.device))
 
 
 def _slab_of(engine: RoutedEmbeddings, first: Tensor, stop: Tensor) -> list[dict[str, Storage]]:

@@ -12,14 +12,14 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     BoundsCheckMode,
     ComputeDevice,
-    EmbeddingLocation,
     PoolingMode,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor, nn
 
 from lightning_embcomp.compat import table_over
-from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
+from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.engine.placement import RowPlacement
 from lightning_embcomp.kernels.update import UpdateRule
 
 WEIGHT = "weight"
@@ -68,9 +68,12 @@ class RowClass(Protocol):
         """Move what is not a parameter to another device."""
 
 
-def carried(storages: Mapping[str, Storage], device: torch.device) -> dict[str, Storage]:
-    """The same tensors on another device."""
-    return {name: Storage(storage.tensor.to(device), storage.rowwise) for name, storage in storages.items()}
+def carried(
+    storages: Mapping[str, Storage], device: torch.device, placement: RowPlacement | None = None
+) -> dict[str, Storage]:
+    """The same tensors on another device, in its own memory unless a placement says otherwise."""
+    to = (placement or RowPlacement()).carry
+    return {name: Storage(to(storage.tensor, device), storage.rowwise) for name, storage in storages.items()}
 
 
 class FusedRows:
@@ -84,10 +87,19 @@ class FusedRows:
         optimizer: The fused optimizer.
         dtype: Weight dtype, float32 or float16.
         device: Device of the table.
+        placement: Where tensors live on a GPU; on the device by default.
     """
 
-    def __init__(self, width: int, optimizer: FusedOptimizerSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        width: int,
+        optimizer: FusedOptimizerSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        placement: RowPlacement | None = None,
+    ) -> None:
         self.width = width
+        self.placement = placement or RowPlacement()
         self.rows = 0
         self.optimizer = optimizer
         self.dtype = dtype
@@ -108,15 +120,14 @@ class FusedRows:
 
     def allocate(self, rows: int, device: torch.device) -> dict[str, Storage]:
         """Uninitialised weights and optimizer state for ``rows`` rows."""
-        weights = torch.empty(rows, self.width, dtype=self.dtype, device=device)
+        weights = self.placement.empty((rows, self.width), self.dtype, device)
         storages = {WEIGHT: Storage(weights, rowwise=False)}
-        if self.optimizer.kind == "rowwise_adagrad":
-            storages["momentum1"] = Storage(torch.empty(rows, device=device), rowwise=True)
-        elif self.optimizer.kind == "counter_sgd":
-            for name in ("momentum1", *_COUNTER_STATE):
-                storages[name] = Storage(torch.empty(rows, device=device), rowwise=True)
-        elif self.optimizer.kind == "adagrad":
-            storages["momentum1"] = Storage(torch.empty(rows, self.width, device=device), rowwise=False)
+        for name, rowwise in self.optimizer.state.items():
+            if rowwise:
+                state = torch.empty(rows, device=device)
+            else:
+                state = self.placement.empty((rows, self.width), torch.float32, device)
+            storages[name] = Storage(state, rowwise=rowwise)
         return storages
 
     def adopt(self, rows: int, storages: Mapping[str, Storage]) -> None:
@@ -127,53 +138,61 @@ class FusedRows:
 
     def carry(self, device: torch.device) -> None:
         """Move weights and optimizer state."""
+        storages = self.storages()
         self.device = device
-        self.adopt(self.rows, carried(self._storages, device))
+        self.adopt(self.rows, carried(storages, device, self.placement))
 
     def direct_rule(self) -> UpdateRule | None:
         """The optimizer as our kernels know it; None where only FBGEMM can run it."""
-        kind = self.optimizer.kind
-        if self.device.type not in ("cpu", "cuda") or set(self.optimizer.options) - _DIRECT_OPTIONS:
+        kind, options = self.optimizer.kind, self.optimizer.options
+        if self.device.type not in ("cpu", "cuda") or set(options) - self.optimizer.direct_options:
             return None
         if kind == "counter_sgd":
             return None
-        eps = float(self.optimizer.options.get("eps", FBGEMM_EPS))
-        return UpdateRule(kind=kind, learning_rate=self.learning_rate * self.rate_scale, eps=eps)
+        rate = self.learning_rate * self.rate_scale
+        given = {name: value for name, value in options.items() if name != "learning_rate"}
+        return UpdateRule(kind=kind, learning_rate=rate, **{"eps": FBGEMM_EPS, **given})
 
     def _build_table(self) -> SplitTableBatchedEmbeddingBagsCodegen:
         """Build the FBGEMM table over the tensors of the class."""
-        if self.device.type != "cpu":
-            extra = ", ".join(sorted(set(self.optimizer.options) - _DIRECT_OPTIONS)) or "trained per-sample weights"
-            raise UnsupportedOptimizerError(
-                f"fused {self.optimizer.kind} with {extra} runs on CPU only so far, not on {self.device}: leave that"
-                " out, or return the optimizer of the tables from configure_optimizers"
-            )
-        options = {**self.optimizer.options, "learning_rate": self.learning_rate * self.rate_scale}
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            self.optimizer.check_on_cpu()
+        compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
         table = table_over(
             SplitTableBatchedEmbeddingBagsCodegen,
-            [(self.rows, self.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            [(self.rows, self.width, self.placement.location(self.device), compute)],
             {
                 ("weights" if name == WEIGHT else name): storage.tensor.view(-1)
                 for name, storage in self._storages.items()
-                if name not in _COUNTER_STATE
+                if not on_cpu or name not in _COUNTER_STATE
             },
             optimizer=self.optimizer.fbgemm,
             pooling_mode=PoolingMode.SUM,
             weights_precision=SparseType.FP16 if self.dtype == torch.float16 else SparseType.FP32,
             device=self.device,
             bounds_check_mode=BoundsCheckMode.NONE,  # the router hands out valid slots only
-            **options,
+            **self._table_options(),
         )
-        for name in _COUNTER_STATE:
+        for name in _COUNTER_STATE if on_cpu else ():
             if name in self._storages:
                 getattr(table, f"{name}_host").data = self._storages[name].tensor
         self._table = table
         self._set_step(self.step)
         return table
 
+    def _table_options(self) -> dict[str, Any]:
+        """What FBGEMM is told beside shapes and tensors."""
+        options = {**self.optimizer.options, "learning_rate": self.learning_rate * self.rate_scale}
+        if self.device.type != "cpu":
+            options.setdefault("stochastic_rounding", False)  # as in our own kernels; FBGEMM's default is on
+        return options
+
     def lookup(self, slots: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Pooled lookup; FBGEMM counts forward passes, but only backward passes are steps."""
         table = self._table or self._build_table()
+        if self.device.type != "cpu":
+            slots, offsets = slots.long(), offsets.long()  # the integers that FBGEMM is used with on GPUs
         pooled = table(slots, offsets, per_sample_weights=weights)
         self._set_step(self.step)
         return pooled

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_embcomp.callback import CompressionCallback, Cuts, SetupError, steps_done
 from lightning_embcomp.engine.layout import ChunkLayout, LogicalTable, fitting_chunks
+from lightning_embcomp.engine.placement import CacheSettings, Placement, RowPlacement
 from lightning_embcomp.methods.fiited.config import Granularity, PruningSchedule, Scope, check_target
 from lightning_embcomp.methods.fiited.module import DimensionPruner
 from lightning_embcomp.planners.footprint import TableFootprint
@@ -40,9 +41,13 @@ class DimensionPruning(CompressionCallback):
         schedule: When events happen.
         granularity: What lives or dies, and how its worth is measured.
         normalize: Divide utilities by their table's mean before tables are compared (``scope: global``).
+        placement: Where rows live on a GPU: ``device`` in its memory; ``managed`` in host memory that the GPU reaches
+            by itself (unified memory), for tables larger than the device; ``managed_caching`` there too, with a cache
+            of rows on the device. Needs tables with a fused optimizer, and holds for whole collections.
+        cache: The cache of ``placement: managed_caching``.
 
     Raises:
-        ValueError: If target or budget are missing, both given, or out of range.
+        ValueError: If target or budget are missing, both given, or out of range, or the placement is unknown.
 
     Example:
         >>> callback = DimensionPruning(target=0.8, tables="t_*")
@@ -57,6 +62,7 @@ class DimensionPruning(CompressionCallback):
     owns = "width"
     follows_shards = True
     devices = ("cpu", "cuda")
+    sharded_devices = ("cpu", "cuda")
 
     def __init__(
         self,
@@ -67,6 +73,8 @@ class DimensionPruning(CompressionCallback):
         schedule: PruningSchedule | None = None,
         granularity: Granularity | None = None,
         normalize: bool = False,
+        placement: Placement = "device",
+        cache: CacheSettings | None = None,
     ) -> None:
         super().__init__(tables)
         if (target is None) == (budget is None):
@@ -77,6 +85,11 @@ class DimensionPruning(CompressionCallback):
             raise ValueError(
                 "DimensionPruning: normalize has no effect with scope='table', where tables do not compete"
             )
+        if cache is not None and placement != "managed_caching":
+            raise ValueError(
+                f"DimensionPruning: cache has no effect with placement={placement!r}, only with 'managed_caching'"
+            )
+        self.row_placement = RowPlacement(kind=placement, cache=cache or CacheSettings())
         self.target = None if target is None else check_target(target)
         self.budget = None if budget is None else parse_bytes(budget)
         self.scope: Scope = scope
@@ -89,6 +102,16 @@ class DimensionPruning(CompressionCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "pruner": None}
+
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Refuse trainers that the method cannot work in, see :meth:`CompressionCallback.check_trainer`."""
+        super().check_trainer(trainer)
+        device = trainer.strategy.root_device
+        if self.row_placement.kind != "device" and device.type != "cuda":
+            raise SetupError(
+                f"{self.state_key}: placement={self.row_placement.kind!r} is memory that a GPU shares with its host,"
+                f" but this run trains on {device}. Leave placement out, or use Trainer(accelerator='gpu')"
+            )
 
     def table_cuts(self, tables: Sequence[TableView]) -> Cuts:
         """Cut every table into as many chunks as its dim allows, up to those of the settings.

@@ -165,9 +165,7 @@ class DimensionPruner:
 
     def _contender(self, table: HeldTable, *, prior: bool) -> Contender:
         logical, options = table.logical, table.host.options
-        optimizer = options.optimizer
-        state_columns = optimizer.state_columns(logical.chunk_width) if optimizer and self.budget is not None else 0
-        rowwise = optimizer is not None and optimizer.kind == "rowwise_adagrad"
+        counted = options.optimizer if self.budget is not None else None
         # Of a table that is cut by columns, the process with the first ones decides for all.
         deciding = table.primary_shards if table.host.is_cut_by_columns(table.index) else table.shards
         return Contender(
@@ -182,8 +180,8 @@ class DimensionPruner:
                 for shard in deciding
             ],
             owners=table.host.row_owners(table.index),
-            chunk_bytes=logical.chunk_width * options.dtype.itemsize + (0 if rowwise else 4 * state_columns),
-            row_bytes=4 * state_columns if rowwise else 0,
+            chunk_bytes=logical.chunk_width * (options.dtype.itemsize + (4 * counted.per_weight if counted else 0)),
+            row_bytes=4 * counted.per_row if counted else 0,
         )
 
     def _allowance(self, table: HeldTable) -> int:
@@ -250,7 +248,10 @@ def _utility_reader(shard: TableShard, rows: int, *, prior: bool) -> ReadRows:
     utility, first = shard.engine.utility, shard.first_row
     assert utility is not None
     if prior:
-        return lambda start, stop: zipf_prior(first + start, first + stop, rows).unsqueeze(1).expand(-1, utility.parts)
+        device = utility.values.device
+        return lambda start, stop: (
+            zipf_prior(first + start, first + stop, rows).to(device).unsqueeze(1).expand(-1, utility.parts)
+        )
     return lambda start, stop: utility.of_table(shard.index)[start:stop]
 
 

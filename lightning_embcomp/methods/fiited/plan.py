@@ -106,6 +106,7 @@ class TablePlan:
     def codes(self, start: int, stop: int, current: Tensor) -> Tensor:
         """New codes of the rows, uint8."""
         utility, prefix = self._utility(start, stop), self._table.layout == "prefix"
+        self._keep = self._keep.to(current.device)  # once
         codes, self._seen = decide(current, utility, self._keep, self._partial, self._seen, prefix=prefix)
         return codes
 
@@ -127,7 +128,8 @@ class KnownCodes:
 
     def codes(self, start: int, stop: int, current: Tensor) -> Tensor:
         """Codes of the part, uint8."""
-        return (self._codes[start:stop].short() - self._first_chunk).clamp(0, self._largest).to(torch.uint8)
+        codes = self._codes[start:stop].to(current.device)
+        return (codes.short() - self._first_chunk).clamp(0, self._largest).to(torch.uint8)
 
 
 class EnginePlan:
@@ -222,8 +224,10 @@ def _count(contender: Contender) -> Tensor:
     counts = torch.zeros(*((1, table.codes) if prefix else (table.chunks, 2)), BINS, dtype=torch.int64)
     for rows in contender.rows:
         for start, stop in slabs(rows.count if rows.counts else 0):
-            count_cells(rows.codes(start, stop), rows.utility(start, stop), counts, prefix=prefix)
-    return counts
+            codes = rows.codes(start, stop)
+            counts = counts.to(codes.device)
+            count_cells(codes, rows.utility(start, stop), counts, prefix=prefix)
+    return counts.cpu()
 
 
 def _cells(contender: Contender, counts: Tensor, falloff: float, hysteresis: float) -> _TableCells:
