@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.dispatch import Backend, force_backend
-from lightning_embcomp.kernels.threshold import SMALLEST, kth_largest, select_large
+from lightning_embcomp.kernels.threshold import SMALLEST, kth_largest, select_large, select_packed
 
 BACKENDS: tuple[Backend, ...] = ("reference", "cpu")
 SIZES = [0, 1, 7, 8, 2047, 2048, 2049, 10_000]
@@ -94,6 +94,28 @@ def test_zeros_are_never_selected(backend: Backend) -> None:
     assert indices.tolist() == [3]
 
 
+@pytest.mark.parametrize("capacity", [0, 3, 700])
+@pytest.mark.parametrize("kind", ["none", "ec", "ef21", "econtrol"])
+def test_packed(kind: str, capacity: int) -> None:
+    """As many as there is room for, how many there are, and the largest of all; a threshold may be a tensor."""
+    (grad, residual, estimate, gain), (_, other, _, _) = state(700, kind), state(700, kind)
+    indices, values = select_large(grad, residual, estimate, gain=gain, threshold=1.5)
+    packed = select_packed(grad, other, estimate, gain=gain, threshold=torch.tensor([1.5]), capacity=capacity)
+    kept = min(capacity, indices.numel())
+    assert packed.found.tolist() == [indices.numel()] and packed.indices.numel() == capacity
+    assert torch.equal(packed.indices[:kept], indices[:kept]) and torch.equal(packed.values[:kept], values[:kept])
+    assert not packed.indices[kept:].any() and not packed.values[kept:].any()
+    assert packed.largest.tolist() == [np.abs(values.numpy()).max()]
+    assert residual is None or other is not None and torch.equal(residual, other)
+
+
+def test_largest_of_nothing_and_of_what_is_not_finite() -> None:
+    assert select_packed(torch.zeros(5), threshold=1.0, capacity=2).largest.tolist() == [0.0]
+    for value in (torch.nan, -torch.inf):
+        grad = torch.tensor([1.0, 2.0, value])
+        assert not select_packed(grad, threshold=0.5, capacity=1).largest.isfinite().any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank", [1, 2, 500, 1000])
 def test_kth_largest(backend: Backend, rank: int) -> None:
@@ -115,5 +137,8 @@ def test_wrong_input() -> None:
     for threshold in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="the threshold must be at least"):
             select_large(grad, threshold=threshold)
+    for tensor in (torch.tensor(1.0), torch.tensor([1.0], dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"a number, or a float32 tensor of shape \(1,\) on cpu, not"):
+            select_packed(grad, threshold=tensor, capacity=1)
     with pytest.raises(ValueError, match="rank must be from 1 to 4, not 5"):
         kth_largest(grad, 5)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lightning_embcomp.kernels.dispatch import choose
 from lightning_embcomp.kernels.threshold import cpu, packed, reference
+from lightning_embcomp.kernels.threshold.packed import Packed
 
-__all__ = ["SMALLEST", "kth_largest", "select_large", "select_packed"]
+__all__ = ["SMALLEST", "Packed", "kth_largest", "select_large", "select_packed"]
 
 SMALLEST = 2.0**-126
 """Smallest normal float32; smaller thresholds would let zeros and denormals through."""
@@ -65,9 +66,10 @@ def select_packed(
     *,
     factor: float = 1.0,
     gain: float = 1.0,
-    threshold: float,
+    threshold: float | Tensor,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    added: bool = False,
+) -> Packed:
     """As :func:`select_large`, into tensors of given size: the host need not wait for a GPU to know how many there are.
 
     Args:
@@ -76,23 +78,24 @@ def select_packed(
         estimate: As in :func:`select_large`.
         factor: As in :func:`select_large`.
         gain: As in :func:`select_large`.
-        threshold: As in :func:`select_large`.
+        threshold: As in :func:`select_large`; or float32 ``(1,)`` on the device, which is taken as it is.
         capacity: Entries that there is room for; of more, those further left are kept.
+        added: Whether the gradient is in the residual already: it is then only read.
 
     Returns:
-        Positions, int32 ``(capacity,)``, and the message there, float32 ``(capacity,)``, zeros at the end, and how many
-        entries reach the threshold, int64 ``(1,)``, which may be more than the capacity.
+        What was selected.
 
     Raises:
         ValueError: As in :func:`select_large`.
 
     Example:
-        >>> select_packed(torch.tensor([1.0, -0.125, -1.0]), threshold=1.0, capacity=3)
-        (tensor([0, 2, 0], dtype=torch.int32), tensor([ 1., -1.,  0.]), tensor([2]))
+        >>> found = select_packed(torch.tensor([1.0, -0.125, -2.0]), threshold=1.0, capacity=3)
+        >>> found.indices, found.values, found.found, found.largest
+        (tensor([0, 2, 0], dtype=torch.int32), tensor([ 1., -2.,  0.]), tensor([2]), tensor([2.]))
     """
     _check(grad, residual, estimate, gain, threshold)
     kernel = choose(grad.device, packed.select_packed, packed.select_packed)  # only GPUs profit from it
-    return kernel(grad.detach(), residual, estimate, factor, gain, threshold, capacity)
+    return kernel(grad.detach(), residual, estimate, factor, gain, threshold, capacity, added)
 
 
 def kth_largest(sizes: Tensor, rank: int) -> float:
@@ -117,7 +120,9 @@ def kth_largest(sizes: Tensor, rank: int) -> float:
     return choose(sizes.device, cpu.kth_largest, reference.kth_largest)(sizes.detach(), rank)
 
 
-def _check(grad: Tensor, residual: Tensor | None, estimate: Tensor | None, gain: float, threshold: float) -> None:
+def _check(
+    grad: Tensor, residual: Tensor | None, estimate: Tensor | None, gain: float, threshold: float | Tensor
+) -> None:
     for name, tensor in (("grad", grad), ("residual", residual), ("estimate", estimate)):
         if tensor is None:
             continue
@@ -128,5 +133,11 @@ def _check(grad: Tensor, residual: Tensor | None, estimate: Tensor | None, gain:
             )
     if gain != 1.0 and (residual is None or estimate is None):
         raise ValueError(f"gain={gain} has no effect without both a residual and an estimate")
-    if not threshold >= SMALLEST:
+    if isinstance(threshold, Tensor):
+        if threshold.dtype != torch.float32 or threshold.shape != (1,) or threshold.device != grad.device:
+            raise ValueError(
+                f"the threshold must be a number, or a float32 tensor of shape (1,) on {grad.device}, not"
+                f" {threshold.dtype} of shape {tuple(threshold.shape)} on {threshold.device}"
+            )
+    elif not threshold >= SMALLEST:
         raise ValueError(f"the threshold must be at least {SMALLEST:g}, not {threshold}")

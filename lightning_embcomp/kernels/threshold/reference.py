@@ -10,16 +10,24 @@ def select_large(
     grad: Tensor, residual: Tensor | None, estimate: Tensor | None, factor: float, gain: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """Plain twin of :func:`lightning_embcomp.kernels.threshold.select_large`."""
+    whole = message(grad, residual, estimate, factor, gain)
+    # Not `>=`: entries that are not numbers are to be found as well.
+    (indices,) = torch.nonzero(~(whole.abs() < threshold), as_tuple=True)
+    return indices.to(torch.int32), whole[indices]
+
+
+def message(
+    grad: Tensor, residual: Tensor | None, estimate: Tensor | None, factor: float, gain: float, added: bool = False
+) -> Tensor:
+    """Message that the large entries are selected from; adds the gradient to the residual, unless it is there."""
     change = grad * factor
     if estimate is not None:
         change = change - estimate
-    message = change
-    if residual is not None:
+    if residual is None:
+        return change
+    if not added:
         residual.add_(change)
-        message = residual if gain == 1.0 else gain * residual + (1.0 - gain) * change
-    # Not `>=`: entries that are not numbers are to be found as well.
-    (indices,) = torch.nonzero(~(message.abs() < threshold), as_tuple=True)
-    return indices.to(torch.int32), message[indices]
+    return residual if gain == 1.0 else gain * residual + (1.0 - gain) * change
 
 
 def kth_largest(sizes: Tensor, rank: int) -> float:

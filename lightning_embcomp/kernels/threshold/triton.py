@@ -1,5 +1,7 @@
 """Selection by a threshold on CUDA: a pass that adds and counts, a sum over the counts, a pass that packs.
 
+The threshold is read from the device, so that it may have been computed there.
+
 Per entry the first pass reads the gradient, residual and estimate and writes the residual, up to 16 bytes. The second
 one reads what the message consists of again, in blocks that selected anything, and writes 8 bytes per selected entry.
 Memory bandwidth bounds both. Positions rise and nothing is atomic. Both passes compute the message without fused
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_embcomp.kernels.threshold.packed import Packed
 from lightning_embcomp.kernels.threshold.reference import kth_largest
 
 __all__ = [
@@ -60,19 +63,24 @@ def _add_and_count(
     residual,
     estimate,
     counts,
+    peaks,
     factor,
     gain,
     threshold,
     n,
     has_residual: tl.constexpr,
     has_estimate: tl.constexpr,
+    adds: tl.constexpr,
     block: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     there = i < n
-    message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, True)
-    small = tl.abs(message) < threshold  # false for what is not a number
-    tl.store(counts + tl.program_id(0), tl.sum((there & (small == 0)).to(tl.int64), 0))
+    message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, adds)
+    large = there & ((tl.abs(message) < tl.load(threshold)) == 0)  # what is not a number among them
+    tl.store(counts + tl.program_id(0), tl.sum(large.to(tl.int64), 0))
+    # Magnitudes have the order of their bits, in which infinity and then NaN are above all numbers.
+    magnitude = message.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.store(peaks + tl.program_id(0), tl.max(tl.where(large, magnitude, 0), 0))
 
 
 @triton.jit
@@ -99,7 +107,7 @@ def _pack(
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         there = i < n
         message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, False)
-        large = there & ((tl.abs(message) < threshold) == 0)
+        large = there & ((tl.abs(message) < tl.load(threshold)) == 0)
         at = first + tl.cumsum(large.to(tl.int64), 0) - 1
         tl.store(indices + at, i.to(tl.int32), large & (at < capacity))
         tl.store(values + at, message, large & (at < capacity))
@@ -111,15 +119,19 @@ def select_packed(
     estimate: Tensor | None,
     factor: float,
     gain: float,
-    threshold: float,
+    threshold: float | Tensor,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    added: bool,
+) -> Packed:
     """Triton twin of :func:`lightning_embcomp.kernels.threshold.packed.select_packed`."""
-    counts, ends = _add(grad, residual, estimate, factor, gain, threshold)
+    limit = _on_device(threshold, grad.device)
+    counts, ends, peaks = _add(grad, residual, estimate, factor, gain, limit, added)
     indices = torch.zeros(capacity, dtype=torch.int32, device=grad.device)
-    values = torch.zeros(capacity, device=grad.device)
-    _write(grad, residual, estimate, factor, gain, threshold, counts, ends, indices, values)
-    return indices, values, ends[-1:] if ends.numel() else torch.zeros(1, dtype=torch.int64, device=grad.device)
+    values = torch.zeros(capacity, dtype=torch.float32, device=grad.device)
+    _write(grad, residual, estimate, factor, gain, limit, counts, ends, indices, values)
+    if not counts.numel():
+        return Packed(indices, values, counts.new_zeros(1), values.new_zeros(1))
+    return Packed(indices, values, ends[-1:], peaks.amax(0, keepdim=True).view(torch.float32))
 
 
 def select_large(
@@ -129,35 +141,51 @@ def select_large(
 
     The size of the result is part of it, so the host waits for that number; :func:`select_packed` does not.
     """
-    counts, ends = _add(grad, residual, estimate, factor, gain, threshold)
+    limit = _on_device(threshold, grad.device)
+    counts, ends, _ = _add(grad, residual, estimate, factor, gain, limit, False)
     selected = ends[-1:].tolist()[0] if ends.numel() else 0
     indices = torch.empty(selected, dtype=torch.int32, device=grad.device)
-    values = torch.empty(selected, device=grad.device)
-    _write(grad, residual, estimate, factor, gain, threshold, counts, ends, indices, values)
+    values = torch.empty(selected, dtype=torch.float32, device=grad.device)
+    _write(grad, residual, estimate, factor, gain, limit, counts, ends, indices, values)
     return indices, values
 
 
+def _on_device(threshold: float | Tensor, device: torch.device) -> Tensor:
+    return (
+        threshold if isinstance(threshold, Tensor) else torch.full((1,), threshold, dtype=torch.float32, device=device)
+    )
+
+
 def _add(
-    grad: Tensor, residual: Tensor | None, estimate: Tensor | None, factor: float, gain: float, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """First pass: selected entries of each block, and their running sum."""
+    grad: Tensor,
+    residual: Tensor | None,
+    estimate: Tensor | None,
+    factor: float,
+    gain: float,
+    threshold: Tensor,
+    added: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First pass: selected entries of each block, their running sum, and the bits of the largest one of each block."""
     counts = torch.empty(triton.cdiv(grad.numel(), _BLOCK), dtype=torch.int64, device=grad.device)
+    peaks = torch.empty_like(counts, dtype=torch.int32)
     if counts.numel():
         _add_and_count[(counts.numel(),)](
             grad,
             grad if residual is None else residual,
             grad if estimate is None else estimate,
             counts,
+            peaks,
             factor,
             gain,
             threshold,
             grad.numel(),
             residual is not None,
             estimate is not None,
+            not added,
             _BLOCK,
             enable_fp_fusion=False,
         )
-    return counts, counts.cumsum(0)
+    return counts, counts.cumsum(0), peaks
 
 
 def _write(
@@ -166,7 +194,7 @@ def _write(
     estimate: Tensor | None,
     factor: float,
     gain: float,
-    threshold: float,
+    threshold: Tensor,
     counts: Tensor,
     ends: Tensor,
     indices: Tensor,

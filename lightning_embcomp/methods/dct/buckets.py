@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_embcomp.methods.dct.module import ThresholdedParameter
+from lightning_embcomp.methods.dct.module import Candidates, ThresholdedParameter
 from lightning_embcomp.methods.dct.traffic import Traffic
 from lightning_embcomp.methods.dct.wire import Encoded
 
@@ -41,10 +41,14 @@ class Bucket:
         dense: Whether the bucket is exchanged whole.
         traffic: Figures.
         started: When the bucket was handed over.
+        candidates: Of each thresholded parameter, until the host knows how many there are; None where it does at once.
+        figures: How many, largest magnitudes and thresholds of the candidates, one after the other, float64.
         counts: Entries selected of each thresholded parameter.
         indices: Positions in the bucket of all selected entries, int32.
         message: What this worker sends.
         whole: What dense parameters of a thresholded bucket become, in one tensor.
+        held: What collectives and a second stream may still read: kept until the backward pass is over, since its own
+            stream would reuse the memory at once.
         header: Headers of all workers.
         header_work: Their exchange.
         whole_work: Exchange of dense parameters, or of the whole buffer.
@@ -56,10 +60,13 @@ class Bucket:
     dense: bool
     traffic: Traffic = field(default_factory=Traffic)
     started: float = field(default_factory=time.perf_counter)
+    candidates: list[Candidates] | None = None
+    figures: Tensor | None = None
     counts: list[int] = field(default_factory=list)
     indices: Tensor | None = None
     message: Encoded | None = None
     whole: Tensor | None = None
+    held: list[Tensor] = field(default_factory=list)
     header: Tensor | None = None
     header_work: dist.Work | None = None
     whole_work: dist.Work | None = None

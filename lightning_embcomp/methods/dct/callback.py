@@ -164,10 +164,7 @@ class GradientThresholding(pl.Callback):
         try:
             self.exchange.load_state_dict(state)
         except ValueError as error:
-            raise SetupError(
-                f"{self.state_key}: the checkpoint does not fit this run: {error}. Use the saved settings of feedback,"
-                " parameters and min_numel"
-            ) from error
+            raise SetupError(f"{self.state_key}: the checkpoint does not fit this run: {error}") from error
         if written != trainer.world_size:
             rank_zero_info(
                 f"{self.state_key}: {written} processes wrote the checkpoint and {trainer.world_size} resume it: each"

@@ -1,14 +1,16 @@
 """The exchange of gradients behind the communication hook: dense first, then by thresholds.
 
 Collectives are issued by the thread of the backward pass alone, in the order of the buckets, so that all workers agree
-on their order: the header of a bucket when it is ready, its payload when the next one is. The payload's arrival is
-handled by the process group's own threads while backward goes on.
+on their order: the header of a bucket when it is ready, its payload when the next one is. On CPU the payload's arrival
+is handled by the process group's own threads while backward goes on. On CUDA it is queued to a stream beside that of
+the backward pass, and the host waits for headers alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,13 +22,19 @@ from lightning_embcomp.methods.dct.buckets import Bucket, Part
 from lightning_embcomp.methods.dct.config import ErrorFeedback, ThresholdSettings, ValueType
 from lightning_embcomp.methods.dct.errors import ExchangeError, NonFiniteGradientError
 from lightning_embcomp.methods.dct.module import ThresholdedParameter
+from lightning_embcomp.methods.dct.selection import (
+    HEADER,
+    announce_dense,
+    keep,
+    select,
+    select_later,
+    waits_at_once,
+)
 from lightning_embcomp.methods.dct.traffic import Traffic, all_gather_bytes, all_reduce_bytes
-from lightning_embcomp.methods.dct.wire import decode, encode, encoded_bytes
+from lightning_embcomp.methods.dct.wire import decode, encoded_bytes
 
 # torch 2.13 has another name for it, and warns of the old one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_HEADER = 4
-"""Numbers in a header: entries, 1 + position of a parameter that is not finite, whether dense is wanted, exponent."""
 
 
 class GradientExchange:
@@ -65,7 +73,6 @@ class GradientExchange:
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._order = sorted(parameters)
         self.state = {
             name: ThresholdedParameter(
                 name,
@@ -80,7 +87,8 @@ class GradientExchange:
         self._value_type: ValueType = value_type
         self._warmup_steps = warmup_steps
         self._group = group
-        self._world = dist.get_world_size(group)
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._stream: torch.cuda.Stream | None = None
         self._loss_scale = loss_scale
         self._scale = 1.0
         self._unusable = False
@@ -114,11 +122,11 @@ class GradientExchange:
         self._current.append(mine)
         mine.traffic.dense = all_reduce_bytes(buffer.numel() * buffer.element_size(), self._world)
         mine.dense = mine.dense or not mine.thresholded
-        bad, wants_dense = self._prepare_dense(mine) if mine.dense else self._prepare(mine)
+        header = self._prepare_dense(mine) if mine.dense else self._prepare(mine)
         mine.traffic.selection_seconds += time.perf_counter() - started
         if self._waiting is not None:
             self._proceed(self._waiting)
-        self._announce(mine, bad, wants_dense)
+        self._announce(mine, header)
         self._waiting = mine
         if bucket.is_last():
             self._proceed(mine)
@@ -166,7 +174,8 @@ class GradientExchange:
         different = sorted(saved.keys() ^ self.state.keys())
         if different:
             raise ValueError(
-                f"the saved state thresholds other parameters; different are {', '.join(map(repr, different))}"
+                f"the saved state thresholds other parameters; different are {', '.join(map(repr, different))}. Use the"
+                " saved settings of parameters and min_numel"
             )
         for name, parameter in self.state.items():
             parameter.load_state_dict(saved[name])
@@ -184,50 +193,30 @@ class GradientExchange:
             parts.append(Part(name, slice(first, first + gradient.numel()), self.state.get(name)))
         return sorted(parts, key=lambda part: part.place.start)
 
-    def _prepare(self, bucket: Bucket) -> tuple[int, bool]:
-        """Select; returns what the header says of finiteness, and whether this process wants a dense exchange."""
-        indices, values = [], []
-        bad, wants_dense = 0, False
-        for part in bucket.parts:
-            parameter = part.thresholded
-            if parameter is None:
-                if not bool(torch.isfinite(bucket.buffer[part.place]).all()):
-                    bad = bad or self._order.index(part.name) + 1
-                continue
-            if self._loss_scale is not None:
+    def _prepare(self, bucket: Bucket) -> Tensor:
+        """Select; returns the header."""
+        if self._loss_scale is not None:
+            for parameter, _ in bucket.thresholded:
                 parameter.remember()
-            selection = parameter.select(bucket.gradient(part.place), 1.0 / self._scale)
-            if not selection.finite:
-                bad = bad or self._order.index(part.name) + 1
-            indices.append(selection.indices + part.place.start)
-            values.append(selection.values)
-            bucket.counts.append(selection.values.numel())
-            wants_dense = wants_dense or selection.too_many
-        if not bad:
-            bucket.indices = torch.cat(indices)
-            bucket.message = encode(bucket.indices, torch.cat(values), bucket.buffer.numel(), self._value_type)
+        choose = select if waits_at_once(bucket.buffer.device) else select_later
+        header = choose(bucket, 1.0 / self._scale, self._value_type)
         if bucket.others:
             bucket.whole = torch.cat([bucket.buffer[place] for place in bucket.others]).div_(self._world)
-        return bad, wants_dense
+        return header
 
-    def _prepare_dense(self, bucket: Bucket) -> tuple[int, bool]:
-        bad = 0
-        if not bool(torch.isfinite(bucket.buffer.sum())):  # rarely wrong, and looked into then
-            bad = next(
-                (
-                    self._order.index(part.name) + 1
-                    for part in bucket.parts
-                    if not bool(torch.isfinite(bucket.buffer[part.place]).all())
-                ),
-                0,
-            )
+    def _prepare_dense(self, bucket: Bucket) -> Tensor:
+        # On CPU a sum, which is rarely wrong, and looked into then.
+        at_once = waits_at_once(bucket.buffer.device)
+        good = at_once and bool(torch.isfinite(bucket.buffer.sum()))
+        header = torch.zeros(HEADER, dtype=torch.int32) if good else announce_dense(bucket)
+        good = good or not at_once or not bool(header.any())
         for parameter, place in bucket.thresholded:
             if self._loss_scale is not None:
                 parameter.remember()
-            if not bad:
+            if good:
                 self._send_all(bucket, parameter, place, added=False, weight=1.0 / (self.steps + 1))
         bucket.whole = bucket.buffer.div_(self._world)
-        return bad, False
+        return header
 
     def _send_all(
         self, bucket: Bucket, parameter: ThresholdedParameter, place: slice, *, added: bool, weight: float
@@ -237,15 +226,13 @@ class GradientExchange:
         bucket.traffic.entries += parameter.numel
         bucket.traffic.numel += parameter.numel
 
-    def _announce(self, bucket: Bucket, bad: int, wants_dense: bool) -> None:
+    def _announce(self, bucket: Bucket, header: Tensor) -> None:
         """Issue the header, and the exchange of what is sent whole."""
-        message = bucket.message
-        entries, exponent = (message.values.numel(), message.exponent) if message is not None else (0, 0)
-        header = torch.tensor([entries, bad, int(wants_dense), exponent], dtype=torch.int32)
         header = header.to(bucket.buffer.device)
-        bucket.header = header.new_empty(self._world * _HEADER)
+        bucket.header = header.new_empty(self._world * HEADER)
+        bucket.held.append(header)
         bucket.header_work = self._issue(_all_gather, bucket.header, header)
-        bucket.traffic.moved(all_gather_bytes(4 * _HEADER, self._world))
+        bucket.traffic.moved(all_gather_bytes(4 * HEADER, self._world))
         if bucket.whole is not None:
             self._reduce(bucket, bucket.whole)
 
@@ -255,18 +242,22 @@ class GradientExchange:
 
     def _proceed(self, bucket: Bucket) -> None:
         """Read the headers of a bucket, and issue the rest of its exchange."""
-        assert bucket.header is not None and bucket.header_work is not None
-        self._wait(bucket.header_work)
-        headers = bucket.header.view(self._world, _HEADER).tolist()
+        headers, figures = self._read(bucket)
         bad = next(((rank, position) for rank, (_, position, _, _) in enumerate(headers) if position), None)
         if bad is not None and self._loss_scale is None:
             raise NonFiniteGradientError(
-                f"the gradient of parameter {self._order[bad[1] - 1]!r} holds NaN or infinity on rank {bad[0]}, in"
-                f" exchange {self.steps + 1}. Look for bad values in that process's batch, or lower the learning rate"
+                f"the gradient of parameter {bucket.parts[bad[1] - 1].name!r} holds NaN or infinity on rank {bad[0]},"
+                f" in exchange {self.steps + 1}. Look for bad values in that process's batch, or lower the learning"
+                " rate"
             )
         self._unusable = self._unusable or bad is not None
+        if bucket.candidates is not None and bad is None:
+            started = time.perf_counter()
+            keep(bucket, figures, headers[self._rank][3], self._value_type)
+            bucket.traffic.selection_seconds += time.perf_counter() - started
         if bucket.whole_work is not None and not bucket.dense:
-            self._wait(bucket.whole_work)
+            with self._beside(bucket.buffer.device):
+                self._wait(bucket.whole_work)
         if bucket.dense:
             # Estimates become means over the warm-up: the noise of its last batch would stay for 1 / density steps.
             weight = 1.0 / (self.steps + 1)
@@ -281,6 +272,21 @@ class GradientExchange:
             self._on_arrival(bucket, bucket.whole_work, partial(self._take_whole, bucket, 1.0))
         else:
             self._send(bucket, [(entries, exponent) for entries, _, _, exponent in headers])
+
+    def _read(self, bucket: Bucket) -> tuple[list[list[int]], list[float]]:
+        """Headers of all processes, and the figures of this one: the only time that the host waits for the device.
+
+        Beside the backward pass it waits for the headers alone, not for what that has queued since.
+        """
+        assert bucket.header is not None and bucket.header_work is not None
+        with self._beside(bucket.header.device):
+            self._wait(bucket.header_work)
+            numbers = bucket.header
+            if bucket.figures is not None:
+                numbers = torch.cat([numbers.double(), bucket.figures])
+            values = numbers.tolist()
+        size = self._world * HEADER
+        return [list(map(int, values[i : i + HEADER])) for i in range(0, size, HEADER)], values[size:]
 
     def _send(self, bucket: Bucket, contents: list[tuple[int, int]]) -> None:
         """Issue the exchange of the selected entries."""
@@ -304,6 +310,7 @@ class GradientExchange:
         longest = max(encoded_bytes(entries, numel, self._value_type) for entries, _ in contents)
         data = torch.nn.functional.pad(message.data, (0, longest - message.data.numel()))
         arrived = data.new_empty(self._world * longest)
+        bucket.held += [data, arrived]
         traffic.selection_seconds += time.perf_counter() - started
         work = self._issue(_all_gather, arrived, data)
         traffic.moved(all_gather_bytes(longest, self._world))
@@ -348,8 +355,17 @@ class GradientExchange:
         if bucket.buffer.device.type == "cpu":
             work.get_future().add_done_callback(finish)
         else:
-            self._wait(work)  # makes the current stream wait, not this thread
-            finish()
+            with self._beside(bucket.buffer.device):
+                self._wait(work)  # makes the stream wait, not this thread
+                finish()
+
+    def _beside(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Queue what follows to a stream that waits for collectives, while the backward pass goes on."""
+        if device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return torch.cuda.stream(self._stream)
 
     def _issue(self, collective: Callable[..., Any], *tensors: Tensor) -> dist.Work:
         work: dist.Work = self._checked(partial(collective, *tensors, group=self._group, async_op=True))

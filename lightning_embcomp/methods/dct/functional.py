@@ -71,22 +71,89 @@ def sampled_threshold(
     n = grad.numel()
     if wanted >= n:
         return SMALLEST
+    size = _sampled_sizes(grad, residual, estimate, factor=factor, gain=gain, wanted=wanted, samples=samples, seed=seed)
+    size = size[torch.isfinite(size)]
+    if size.numel() == 0:
+        return SMALLEST
+    rank = min(max(1, round(size.numel() * wanted / n)), size.numel())
+    return max(kth_largest(size, rank), SMALLEST)
+
+
+def threshold_on_device(
+    grad: Tensor,
+    residual: Tensor | None,
+    estimate: Tensor | None,
+    *,
+    factor: float,
+    gain: float,
+    wanted: int,
+    samples: int,
+    seed: int,
+) -> Tensor:
+    """As :func:`sampled_threshold`, to the bit, without waiting for the device that the gradient is on.
+
+    Args:
+        grad: As in :func:`sampled_threshold`.
+        residual: As in :func:`sampled_threshold`.
+        estimate: As in :func:`sampled_threshold`.
+        factor: As in :func:`sampled_threshold`.
+        gain: As in :func:`sampled_threshold`.
+        wanted: As in :func:`sampled_threshold`.
+        samples: As in :func:`sampled_threshold`.
+        seed: As in :func:`sampled_threshold`.
+
+    Returns:
+        float32 ``(1,)``.
+
+    Example:
+        >>> threshold_on_device(
+        ...     torch.tensor([3.0, -8.0, 1.0, 5.0]), None, None, factor=0.5, gain=1.0, wanted=2, samples=10, seed=0
+        ... )
+        tensor([2.5000])
+    """
+    n = grad.numel()
+    if wanted >= n:
+        return torch.full((1,), SMALLEST, dtype=torch.float32, device=grad.device)
+    size = _sampled_sizes(grad, residual, estimate, factor=factor, gain=gain, wanted=wanted, samples=samples, seed=seed)
+    finite = torch.isfinite(size)
+    # Below all that counts, so that they do not move a rank: how many there are is not known here.
+    size = torch.where(finite, size, -1.0).sort(descending=True).values
+    count = finite.sum()
+    rank = (count.double() * wanted / n).round().clamp(min=1).long().minimum(count)
+    return size.index_select(0, (rank - 1).clamp(min=0).view(1)).clamp(min=SMALLEST)
+
+
+def _sampled_sizes(
+    grad: Tensor,
+    residual: Tensor | None,
+    estimate: Tensor | None,
+    *,
+    factor: float,
+    gain: float,
+    wanted: int,
+    samples: int,
+    seed: int,
+) -> Tensor:
+    """Magnitudes of the sampled entries of a message."""
+    n = grad.numel()
     if n > samples:
         source = torch.Generator().manual_seed(seed)
         samples = min(samples, -(-_TAIL * n // wanted))
-        chosen = torch.randint(n, (samples,), generator=source).to(grad.device)
+        chosen = sent_to(grad.device, torch.randint(n, (samples,), generator=source))
         grad, residual, estimate = (part if part is None else part[chosen] for part in (grad, residual, estimate))  # type: ignore[assignment]
     change = grad * factor if estimate is None else grad * factor - estimate
     size = change
     if residual is not None:
         # In the order of the kernel's operations, so that the entry at the threshold is at the threshold there as well.
         size = residual + change if gain == 1.0 else gain * (residual + change) + (1.0 - gain) * change
-    size = size.abs()
-    size = size[torch.isfinite(size)]
-    if size.numel() == 0:
-        return SMALLEST
-    rank = min(max(1, round(size.numel() * wanted / n)), size.numel())
-    return max(kth_largest(size, rank), SMALLEST)
+    return size.abs()
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copy a tensor of the host to a device, by way of pinned memory, so that the host need not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, float]:
@@ -113,6 +180,24 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, float]:
         stays[last_equal] = False
         kept = kept[stays]
     return kept, smallest
+
+
+def largest_on_device(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As :func:`largest`, without waiting for the device that the values are on.
+
+    Args:
+        values: As in :func:`largest`.
+        count: As in :func:`largest`.
+
+    Returns:
+        int64 tensor of shape ``(count,)``, rising, and the smallest absolute value among them, of shape ``(1,)``.
+
+    Example:
+        >>> largest_on_device(torch.tensor([1.0, -4.0, 2.0, 3.0]), 2)
+        (tensor([1, 3]), tensor([3.]))
+    """
+    sizes, order = values.abs().sort(descending=True, stable=True)
+    return order[:count].sort().values, sizes[count - 1 : count].clone()
 
 
 def whole_message(

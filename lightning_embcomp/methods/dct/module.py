@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -9,12 +11,21 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from lightning_embcomp.kernels.threshold import SMALLEST, select_large
+from lightning_embcomp.kernels.threshold import SMALLEST, Packed, select_large, select_packed
 from lightning_embcomp.methods.dct.config import ErrorFeedback, ThresholdSettings
-from lightning_embcomp.methods.dct.functional import largest, sampled_threshold, wanted_entries, whole_message
+from lightning_embcomp.methods.dct.functional import (
+    largest,
+    largest_on_device,
+    sampled_threshold,
+    threshold_on_device,
+    wanted_entries,
+    whole_message,
+)
 
 _TENSORS = ("residual", "estimate", "mean", "average")
 _NUMBERS = ("threshold", "age", "refreshes", "stale", "seen")
+_ROOM = 2
+"""Room for candidates, where the host does not know how many there are, over the number that renews a threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,25 @@ class Selection:
     too_many: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Entries of a message over the threshold; only the device knows how many.
+
+    Attributes:
+        packed: The entries.
+        threshold: float32 ``(1,)``.
+        most: Entries that are sent at most, int64 ``(1,)``.
+        grad: What the message was made of.
+        factor: Multiplies it.
+    """
+
+    packed: Packed
+    threshold: Tensor
+    most: Tensor
+    grad: Tensor
+    factor: float
+
+
 class ThresholdedParameter:
     """What one worker keeps for one parameter; all tensors are float32, flat, in the memory order of the parameter.
 
@@ -46,6 +76,7 @@ class ThresholdedParameter:
         thresholds: When thresholds are computed.
 
     Attributes:
+        most: Entries that are sent at most; of more, the step is exchanged densely if there is a limit on overshoot.
         residual: What was not sent, or None where the kind of feedback has none.
         estimate: What the receivers hold of this worker's gradient, or None.
         mean: Mean of the estimates of all workers, the same everywhere, or None.
@@ -64,6 +95,9 @@ class ThresholdedParameter:
     ) -> None:
         self.name, self.numel = name, numel
         self.wanted = wanted_entries(numel, density)
+        self.most = self.wanted
+        if thresholds.max_overshoot is not None:
+            self.most = int(min(thresholds.max_overshoot * self.wanted, numel))
         self.thresholds = thresholds
         self.gain = feedback.gain(density)
 
@@ -76,7 +110,7 @@ class ThresholdedParameter:
         self._weight = 1.0 - feedback.kept(density)
         self.average = zeros("ef21", "econtrol") if self._weight < 1.0 else None
         self.seen = 0
-        self.threshold: float | None = None
+        self.threshold: float | Tensor | None = None
         self.age = 0
         self.refreshes = 0
         self.stale = False
@@ -93,37 +127,103 @@ class ThresholdedParameter:
             What to send.
         """
         grad, factor = self._averaged(grad, factor)
-        if self.threshold is None or self.stale or self.age >= self.thresholds.life_span:
-            self.threshold = sampled_threshold(
-                grad,
-                self.residual,
-                self.estimate,
-                factor=factor,
-                gain=self.gain,
-                wanted=self.wanted,
-                samples=self.thresholds.samples,
-                seed=crc32(f"{self.name} {self.refreshes}".encode()),
-            )
-            self.age, self.stale = 0, False
-            self.refreshes += 1
+        if self._is_due():
+            self.threshold = sampled_threshold(grad, self.residual, self.estimate, factor=factor, **self._sampling())
         self.age += 1
+        assert isinstance(self.threshold, float)
         indices, values = select_large(
             grad, self.residual, self.estimate, factor=factor, gain=self.gain, threshold=self.threshold
         )
         finite = bool(torch.isfinite(values).all())
-        found, drift, limit = values.numel(), self.thresholds.drift, self.thresholds.max_overshoot
-        self.stale = found * drift < self.wanted and self.threshold > SMALLEST
+        return self._capped(indices, values, values.numel(), finite, self.threshold)
+
+    def select_later(self, grad: Tensor, factor: float) -> Candidates:
+        """First half of :meth:`select`, which does not wait for the device that the gradient is on.
+
+        Args:
+            grad: As in :meth:`select`.
+            factor: As in :meth:`select`.
+
+        Returns:
+            What :meth:`keep` chooses from.
+        """
+        grad, factor = self._averaged(grad, factor)
+        if self._is_due():
+            self.threshold = threshold_on_device(grad, self.residual, self.estimate, factor=factor, **self._sampling())
+        self.age += 1
+        if not isinstance(self.threshold, Tensor):
+            assert self.threshold is not None
+            self.threshold = torch.full((1,), self.threshold, dtype=torch.float32, device=grad.device)
+        room = self.most
+        if self.thresholds.max_overshoot is None:
+            room = min(self.numel, math.ceil(_ROOM * self.thresholds.drift * self.wanted))
+        packed = self._pack(grad, factor, self.threshold, room)
+        most = torch.full((1,), self.most, device=grad.device)
+        return Candidates(packed=packed, threshold=self.threshold, most=most, grad=grad, factor=factor)
+
+    def keep(self, candidates: Candidates, *, found: int, finite: bool, threshold: float) -> Selection:
+        """Second half of :meth:`select`, when the host knows the figures of the candidates.
+
+        Args:
+            candidates: From :meth:`select_later`.
+            found: How many there are.
+            finite: Whether all of them are.
+            threshold: That they were selected by.
+
+        Returns:
+            What to send.
+        """
+        packed, thresholds = candidates.packed, self.thresholds
+        to_choose = thresholds.max_overshoot is None or found > thresholds.drift * self.wanted
+        if finite and to_choose and found > packed.values.numel():
+            packed = self._pack(candidates.grad, candidates.factor, candidates.threshold, found, added=True)
+        return self._capped(packed.indices[:found], packed.values[:found], found, finite, threshold, later=True)
+
+    def _is_due(self) -> bool:
+        """Whether a threshold is to be estimated now, in which case it counts as new from here on."""
+        due = self.threshold is None or self.stale or self.age >= self.thresholds.life_span
+        if due:
+            self.age, self.stale = 0, False
+            self.refreshes += 1
+        return due
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "gain": self.gain,
+            "wanted": self.wanted,
+            "samples": self.thresholds.samples,
+            "seed": crc32(f"{self.name} {self.refreshes - 1}".encode()),
+        }
+
+    def _pack(self, grad: Tensor, factor: float, threshold: Tensor, room: int, *, added: bool = False) -> Packed:
+        return select_packed(
+            grad,
+            self.residual,
+            self.estimate,
+            factor=factor,
+            gain=self.gain,
+            threshold=threshold,
+            capacity=room,
+            added=added,
+        )
+
+    def _capped(
+        self, indices: Tensor, values: Tensor, found: int, finite: bool, threshold: float, *, later: bool = False
+    ) -> Selection:
+        """Choose from what reaches the threshold, and see whether that still fits."""
+        drift, limit = self.thresholds.drift, self.thresholds.max_overshoot
+        self.stale = found * drift < self.wanted and threshold > SMALLEST
         if found <= self.wanted or not finite:
             return Selection(indices=indices, values=values, finite=finite, too_many=False)
         drifted = found > drift * self.wanted
         if limit is None or drifted:
-            kept, smallest = largest(values, self.wanted)
+            smallest: float | Tensor
+            kept, smallest = largest_on_device(values, self.wanted) if later else largest(values, self.wanted)
             if drifted:  # those kept are the largest of all: the exact threshold comes for free
-                self.threshold, self.age = max(smallest, SMALLEST), 0
+                self.threshold, self.age = smallest, 0
             if limit is None:
                 indices, values = indices[kept], values[kept]
-        too_many = limit is not None and found > limit * self.wanted
-        return Selection(indices=indices, values=values, finite=True, too_many=too_many)
+        return Selection(indices=indices, values=values, finite=True, too_many=limit is not None and found > self.most)
 
     def sent(self, indices: Tensor, values: Tensor) -> None:
         """Take what was sent out of the residual, and add it to the estimate.
@@ -205,7 +305,7 @@ class ThresholdedParameter:
 
     def remember(self) -> None:
         """Keep the state, in case the optimizer skips the step."""
-        self._before = self.state_dict()
+        self._before = self._state()
 
     def settle(self, skipped: bool) -> None:
         """Go back to what :meth:`remember` kept if the step was skipped, and forget it."""
@@ -213,32 +313,52 @@ class ThresholdedParameter:
             self.load_state_dict(self._before)
         self._before = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of everything that a resumed run needs."""
+    def _state(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         kept = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
         return {name: getattr(self, name) for name in _NUMBERS} | kept
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything that a resumed run needs."""
+        state = self._state()
+        if isinstance(self.threshold, Tensor):
+            state["threshold"] = float(self.threshold)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state.
 
         Args:
             state: From :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is that of another parameter or another kind of feedback.
+            ValueError: If it is that of another parameter or another kind of feedback, or lacks an entry; nothing is
+                taken over then.
         """
         for name in _TENSORS:
             mine: Tensor | None = getattr(self, name)
             saved: Tensor | None = state.get(name)
             if (None if mine is None else mine.shape) != (None if saved is None else saved.shape):
                 raise ValueError(
-                    f"parameter {self.name!r} has {_shown(mine)} as {name}, and the saved state has {_shown(saved)}"
+                    f"parameter {self.name!r} has {_shown(mine)} as {name}, and the saved state has {_shown(saved)}."
+                    " Use the saved settings of feedback, parameters and min_numel"
                 )
-            if mine is not None and saved is not None:
-                mine.copy_(saved)
+        numbers = dict(state)
+        if self.average is None:
+            numbers.setdefault("seen", 0)  # counts for a running mean only; states from before those lack it
+        missing = [name for name in _NUMBERS if name not in numbers]
+        if missing:
+            raise ValueError(
+                f"the saved state of parameter {self.name!r} lacks {', '.join(map(repr, missing))}: another version of"
+                " this package wrote it. Resume with that version, or take the state of GradientThresholding out of"
+                " the 'callbacks' of the checkpoint to start over with empty residuals"
+            )
+        for name in _TENSORS:
+            mine = getattr(self, name)
+            if mine is not None:
+                mine.copy_(state[name])
         for name in _NUMBERS:
-            setattr(self, name, state[name])
+            setattr(self, name, numbers[name])
 
 
 def _shown(tensor: Tensor | None) -> str:

@@ -35,7 +35,7 @@ class Traffic:
         dense: Bytes that DDP's all-reduce would have sent, and received.
         entries: Entries of thresholded parameters that were sent.
         numel: Entries of thresholded parameters.
-        selection_seconds: Time to choose and pack.
+        selection_seconds: Time to choose and pack; for a GPU, until that is queued.
         exchange_seconds: From handing a bucket over until its mean is there, summed over buckets; backward goes on
             meanwhile.
         gradient_norm: Squared norm of the gradients of thresholded parameters, where it was measured.

@@ -53,7 +53,7 @@ def encoded_bytes(entries: int, numel: int, value_type: ValueType) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def encode(indices: Tensor, values: Tensor, numel: int, value_type: ValueType) -> Encoded:
+def encode(indices: Tensor, values: Tensor, numel: int, value_type: ValueType, exponent: int | None = None) -> Encoded:
     """Pack entries of a bucket.
 
     Args:
@@ -61,15 +61,17 @@ def encode(indices: Tensor, values: Tensor, numel: int, value_type: ValueType) -
         values: float32 ``(k,)``, finite.
         numel: Entries of the bucket.
         value_type: Type of the values on the wire.
+        exponent: Result of :func:`shared_exponent`, where it is known: finding it waits for the device.
 
     Example:
         >>> message = encode(torch.tensor([2, 70_000], dtype=torch.int32), torch.tensor([1.5, -2.0]), 70_001, "fp16")
         >>> message.data.numel(), decode(message.data, 2, 70_001, "fp16", message.exponent)
         (16, (tensor([    2, 70000]), tensor([ 1.5000, -2.0000])))
     """
-    exponent = 0
-    if value_type == "fp16" and values.numel():
-        exponent = math.frexp(float(values.abs().max()))[1] - _TOP_EXPONENT
+    if exponent is None:
+        exponent = 0
+        if value_type == "fp16" and values.numel():
+            exponent = math.frexp(float(values.abs().max()))[1] - _TOP_EXPONENT
     sent = _scaled(values, -exponent).to(_TYPES[value_type])
     borders = torch.arange(1, _blocks(numel) + 1, device=indices.device) * _BLOCK
     ends = torch.searchsorted(indices.long(), borders)
@@ -82,6 +84,26 @@ def encode(indices: Tensor, values: Tensor, numel: int, value_type: ValueType) -
         data[start : start + raw.numel()] = raw
         start += raw.numel()
     return Encoded(data=data, values=_scaled(sent.float(), exponent), exponent=exponent)
+
+
+def shared_exponent(largest: Tensor, entries: Tensor, value_type: ValueType) -> Tensor:
+    """Power of two that the values of a message share, without waiting for the device.
+
+    Args:
+        largest: Largest magnitude of the values, float32.
+        entries: How many there are.
+        value_type: Type of the values on the wire.
+
+    Returns:
+        int32, of the shape of ``largest``.
+
+    Example:
+        >>> shared_exponent(torch.tensor(3.0), torch.tensor(1), "fp16")
+        tensor(-13, dtype=torch.int32)
+    """
+    if value_type != "fp16":
+        return torch.zeros_like(largest, dtype=torch.int32)
+    return torch.where(entries > 0, torch.frexp(largest).exponent - _TOP_EXPONENT, 0)
 
 
 def decode(data: Tensor, entries: int, numel: int, value_type: ValueType, exponent: int) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_embcomp.methods.dct.config import ErrorFeedback, ThresholdSettings
+from lightning_embcomp.methods.dct import exchange as exchange_module
+from lightning_embcomp.methods.dct.config import FEEDBACK_KINDS, ErrorFeedback, ThresholdSettings
 from lightning_embcomp.methods.dct.errors import NonFiniteGradientError
 from lightning_embcomp.methods.dct.exchange import GradientExchange
 from lightning_embcomp.methods.dct.hook import gradient_thresholding_hook
+from lightning_embcomp.methods.dct.selection import waits_at_once
 from tests.methods.dct.reference import NumpyFeedback
 
 EXACT = ThresholdSettings(life_span=1)
@@ -193,6 +195,44 @@ def explosion() -> None:
                     np.testing.assert_allclose(mean_over_workers(state.estimate), state.mean, rtol=1e-4, atol=1e-4)
 
 
+def later() -> None:
+    """What runs on GPUs, which read counts with the headers, trains to the same bits: kinds, values, limits, scales."""
+    limits = (ThresholdSettings(), ThresholdSettings(max_overshoot=1.1))
+    for number, (kind, value_type) in enumerate(
+        (kind, value_type) for kind in FEEDBACK_KINDS for value_type in ("fp32", "fp16")
+    ):
+        settings: dict[str, Any] = {
+            "feedback": ErrorFeedback(kind=kind, eta=0.0625 if kind == "econtrol" else None),  # type: ignore[arg-type]
+            "value_type": value_type,
+            "thresholds": limits[number % 2],
+            "loss_scale": None if number % 3 else (lambda: 1024.0),
+            "warmup_steps": 2,
+        }
+        gradients, states, figures = [], [], []
+        for at_once in (True, False):
+
+            def answer(device: torch.device, at_once: bool = at_once) -> bool:
+                return at_once
+
+            exchange_module.waits_at_once = answer
+            model, exchange = wrap(mlp(), **settings)
+            gradients.append(train(model, range(12)))
+            states.append(exchange.state_dict()["parameters"])
+            assert exchange.count() or exchange.steps == 12
+            figures.append((exchange.total.sent, exchange.total.entries))
+        assert figures[0] == figures[1], (settings, figures)
+        for one, two in zip(*gradients, strict=True):
+            assert torch.equal(one, two), settings
+        for name, one in states[0].items():
+            for key, value in one.items():
+                other = states[1][name][key]
+                assert torch.equal(value, other) if torch.is_tensor(value) else value == other, (settings, name, key)
+    try:
+        not_a_number()
+    finally:
+        exchange_module.waits_at_once = waits_at_once
+
+
 def warm_up() -> None:
     """Dense steps are those of plain DDP, and estimates become the means of what was seen."""
     module = nn.Linear(500, 1, bias=False)
@@ -315,6 +355,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         references,
         value_types,
         explosion,
+        later,
         warm_up,
         drift,
         figures,

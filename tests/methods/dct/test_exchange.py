@@ -9,6 +9,7 @@ def test_two_workers() -> None:
         "whole_density",
         "value_types",
         "explosion",
+        "later",
         "warm_up",
         "drift",
         "figures",

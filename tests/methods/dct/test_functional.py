@@ -166,3 +166,25 @@ def test_a_saved_state_of_another_kind_is_refused() -> None:
         parameter("ec").load_state_dict(parameter("none").state_dict())
     with pytest.raises(ValueError, match="has 2000 entries as residual, and the saved state has 100 entries"):
         parameter("ec").load_state_dict(parameter("ec", numel=100).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["ec", "ef21", "econtrol", "none"])
+def test_states_from_before_running_means(kind: str) -> None:
+    """Where there is no running mean its length has no effect; elsewhere it is named, and nothing is taken over."""
+    old = parameter(kind)
+    old.select(torch.randn(2000, generator=torch.Generator().manual_seed(0)), 1.0)
+    state = {key: value for key, value in old.state_dict().items() if key != "seen"}
+    new = parameter(kind)
+    if kind in ("ec", "none"):
+        new.load_state_dict(state)
+        assert new.seen == 0 and new.threshold == old.threshold
+        return
+    with pytest.raises(ValueError, match="the saved state of parameter 'p' lacks 'seen': another version"):
+        new.load_state_dict(state)
+    assert new.average is not None and not new.average.any() and new.threshold is None
+
+
+def test_what_a_saved_state_lacks_is_named() -> None:
+    state = {key: value for key, value in parameter().state_dict().items() if key not in ("age", "refreshes")}
+    with pytest.raises(ValueError, match="parameter 'p' lacks 'age', 'refreshes'.*start over with empty residuals"):
+        parameter().load_state_dict(state)
