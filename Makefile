@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all set-up on their own: Python >= 3.10, make and a package index is all they need.
 #   make demo [DATA=path]   train a small model and print the report
 #   make test [ARGS="-k ne"]
+#   make gpu                on a machine with a GPU: install, GPU tests, benchmark; 25 minutes, see benchmarks/README.md
 #   make lint               ruff and mypy
 #   make format             let ruff rewrite the files
 #   make docs               build the documentation into site/
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(STACK)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 
-.PHONY: help install demo test lint format bench plots clean docs
+.PHONY: help install demo test gpu gpu-run lint format bench plots clean docs
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +39,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Tests that fail do not keep the benchmark from running.
+gpu:
+	@$(MAKE) --no-print-directory gpu-run STACK=cuda
+
+gpu-run: $(STAMP)
+	$(BIN)/python -c 'import lightning_embcomp, torch; print(torch.__version__, torch.cuda.get_device_name())'
+	@status=0; mkdir -p build; \
+	$(BIN)/python -m pytest -m gpu -n 0 --junitxml=build/gpu-tests.xml tests/gpu $(ARGS) || status=1; \
+	$(BIN)/python -m benchmarks gpu || status=1; \
+	exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,20 +1,25 @@
-"""The engine on a GPU: lookups, updates, routing, rounding and serving against plain tables and memory bandwidth.
+"""On a GPU: lookups, updates, kernels, serving, whole steps and events against plain tables and memory bandwidth.
 
 ::
 
-    python -m benchmarks.gpu                     # writes benchmarks/results/gpu.json; 8 minutes on a large GPU, 24 GB
+    python -m benchmarks.gpu                     # writes benchmarks/results/gpu.json; 12 minutes on a large GPU, 32 GB
     python -m benchmarks.gpu --only large        # a table that would not fit plain
 
-Times are medians by CUDA events, cases in turn. ``floor_ms`` is the time that a copy of the bytes that a case must
-move takes at the bandwidth that a large copy reaches in the same run; ``of_floor`` is that over the time taken. Without
-a GPU, ``--device cpu --quick`` runs the same code on small cases, whose figures mean nothing.
+Results are written after every part; a part that fails is named under ``failed``, and the others run. Times are
+medians by CUDA events, cases in turn. ``floor_ms`` is the time that a copy of the bytes that a case must move takes at
+the bandwidth that a large copy reaches in the same run; ``of_floor`` is that over the time taken. Extra bytes are the
+most that a step allocates beside what is there. Without a GPU, ``--device cpu --quick`` runs the same code on small
+cases, whose figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,55 +35,18 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
+from benchmarks.clock import Clock
+from benchmarks.gpu_parts import event, serving, step, streams
 from benchmarks.machine import describe
 from benchmarks.speed import RATE, look_up, pruned_engine, zipf_ids
 from lightning_embcomp.engine.memory import engine_bytes
+from lightning_embcomp.engine.placement import PLACEMENTS, Placement, RowPlacement
 from lightning_embcomp.kernels.quantize import Rounding, round_rows
 from lightning_embcomp.kernels.route import find
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (1.0, 0.35, 0.1)
 WIDTHS = (2, 3, 4, 5, 6, 8)
-
-
-class Clock:
-    """Times functions on a device.
-
-    Args:
-        device: The device; events on a GPU, the wall clock elsewhere.
-        rounds: Timed rounds.
-    """
-
-    def __init__(self, device: torch.device, rounds: int) -> None:
-        self.device, self.rounds = device, rounds
-
-    def medians(self, steps: Sequence[Callable[[int], object]]) -> list[float]:
-        """Median milliseconds of each function, run in turn."""
-        taken: list[list[float]] = [[] for _ in steps]
-        for turn in range(self.rounds + 5):
-            for step, found in zip(steps, taken, strict=True):
-                milliseconds = self._time(partial(step, turn))
-                if turn >= 5:
-                    found.append(milliseconds)
-        return [float(np.median(found)) for found in taken]
-
-    def _time(self, step: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            started = time.perf_counter()
-            step()
-            return 1e3 * (time.perf_counter() - started)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    def bandwidth(self, size: int) -> float:
-        """Bytes per millisecond that a copy of ``size`` bytes reads and writes."""
-        source = torch.empty(size // 4, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * size / self.medians([lambda turn: target.copy_(source)])[0]
 
 
 def plain_tables(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -129,7 +97,6 @@ def embedding(clock: Clock, quick: bool) -> list[dict[str, Any]]:
                         ids = [torch.from_numpy(zipf_ids(rng, rows, batch * pooling)).to(device) for _ in range(4)]
                         offsets = torch.arange(0, batch * pooling + 1, pooling, device=device)
                         grad = torch.randn(batch, dim, device=device) * 1e-3
-                        peak(device)
                         steps = [partial(look_up, module, ids, offsets, grad) for module in (plain, engine)]
                         plain_ms, engine_ms = clock.medians(steps)
                         # Rows read forward; distinct rows read and written backward, with a moment each; output and
@@ -149,11 +116,13 @@ def embedding(clock: Clock, quick: bool) -> list[dict[str, Any]]:
                                 "ratio": engine_ms / plain_ms,
                                 "floor_ms": least / bandwidth,
                                 "of_floor": least / bandwidth / engine_ms,
-                                "peak_bytes": peak(device),
+                                "least_bytes": round(least),
+                                "plain_extra_bytes": clock.extra(partial(steps[0], 0)),
+                                "engine_extra_bytes": clock.extra(partial(steps[1], 0)),
                             }
                         )
                         print(json.dumps(results[-1]), flush=True)
-                del engine
+                del engine, steps
             del plain
     return results
 
@@ -207,56 +176,93 @@ def rounding(clock: Clock, quick: bool) -> list[dict[str, Any]]:
     return results
 
 
-def large(clock: Clock, quick: bool) -> list[dict[str, Any]]:
-    """A table that plain training could not hold: its plain size, what it takes, and a step."""
+def large(clock: Clock, quick: bool, placements: Sequence[Placement] = ("device",)) -> list[dict[str, Any]]:
+    """A table that plain training could not hold: its plain size, what it takes on the device and elsewhere, a step."""
     rows, dim = (20_000, 64) if quick else (800_000_000, 64)
-    engine, _ = pruned_engine(1, rows, dim, 0.9)
-    engine.to(clock.device)
     batch = 64 if quick else 65536
     ids = [torch.randint(0, rows, (batch,), device=clock.device)]
     offsets = torch.arange(batch + 1, device=clock.device)
     grad = torch.randn(batch, dim, device=clock.device)
-    peak(clock.device)
-    taken = clock.medians([partial(look_up, engine, ids, offsets, grad)])[0]
-    plain = rows * (dim + 1) * 4
-    return [
-        {
-            "rows": rows,
-            "dim": dim,
-            "plain_bytes": plain,
-            "held_bytes": engine_bytes(engine),
-            "peak_bytes": peak(clock.device),
-            "step_ms": taken,
-        }
-    ]
+    results = []
+    for placement in placements:
+        engine, _ = pruned_engine(1, rows, dim, 0.9, placement=RowPlacement(kind=placement))
+        engine.to(clock.device)
+        peak(clock.device)
+        taken = clock.medians([partial(look_up, engine, ids, offsets, grad)])[0]
+        results.append(
+            {
+                "placement": placement,
+                "rows": rows,
+                "dim": dim,
+                "plain_bytes": rows * (dim + 1) * 4,
+                "held_bytes": engine_bytes(engine),
+                "peak_bytes": peak(clock.device),  # of the device; rows in unified memory are not part of it
+                "step_ms": taken,
+            }
+        )
+        print(json.dumps(results[-1]), flush=True)
+        del engine
+    return results
 
 
 PARTS: dict[str, Callable[[Clock, bool], list[dict[str, Any]]]] = {
     "embedding": embedding,
     "routing": routing,
     "rounding": rounding,
+    "streams": streams,
+    "serving": serving,
+    "step": step,
+    "event": event,
     "large": large,
 }
 
 
-def main() -> None:
-    """Run and write."""
+def main(arguments: Sequence[str] | None = None, results: Path = RESULTS) -> None:
+    """Run and write.
+
+    Args:
+        arguments: Those of the command line by default.
+        results: Folder of the results.
+
+    Raises:
+        SystemExit: With 1 if a part has failed, else with 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="device to run on (default: cuda)")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds per case (default: 30)")
     parser.add_argument("--quick", action="store_true", help="small cases, to see whether it runs; writes nothing")
     parser.add_argument("--only", choices=list(PARTS), nargs="*", default=list(PARTS), help="parts to run")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        nargs="*",
+        default=["device"],
+        help="where the rows of the part 'large' live, one case each (default: device)",
+    )
+    args = parser.parse_args(arguments)
+    parts = PARTS | {"large": partial(large, placements=args.placement)}
     clock = Clock(torch.device(args.device), args.rounds)
-    path = RESULTS / "gpu.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    path = results / "gpu.json"
+    report = json.loads(path.read_text()) if path.exists() and not args.quick else {}
     report |= {"machine": describe(), "rounds": args.rounds}
     if clock.device.type == "cuda":
         report["gpu"] = torch.cuda.get_device_name()
+        report["bandwidth_gb_per_s"] = clock.bandwidth(1 << 20 if args.quick else 1 << 30) / 1e6
+    seconds, failed = report.setdefault("seconds", {}), report.setdefault("failed", {})
     for name in args.only:
-        report[name] = PARTS[name](clock, args.quick)
-    if not args.quick:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        started = time.perf_counter()
+        try:
+            report[name] = parts[name](clock, args.quick)
+            failed.pop(name, None)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            print(traceback.format_exc(), file=sys.stderr, flush=True)
+        seconds[name] = round(time.perf_counter() - started, 1)
+        print(f"{name}: {seconds[name]} s", flush=True)
+        if not args.quick:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from lightning_embcomp.engine.host import HeldTable, OneEngine
 from lightning_embcomp.engine.layout import LogicalTable
 from lightning_embcomp.engine.memory import engine_bytes
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec
+from lightning_embcomp.engine.placement import RowPlacement
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.methods.fiited.callback import DimensionPruning
 from lightning_embcomp.methods.fiited.module import DimensionPruner
@@ -70,12 +71,19 @@ def plain_tables(
 
 
 def pruned_engine(
-    tables: int, rows: int, dim: int, target: float, dtype: torch.dtype = torch.float32
+    tables: int,
+    rows: int,
+    dim: int,
+    target: float,
+    dtype: torch.dtype = torch.float32,
+    placement: RowPlacement | None = None,
 ) -> tuple[RoutedEmbeddings, DimensionPruner]:
     """The engine at the given share of the bytes, rows placed by popularity."""
     logical = [LogicalTable(name=f"t{t}", rows=rows, dim=dim, chunks=4) for t in range(tables)]
-    options = RoutedOptions(optimizer=FusedOptimizerSpec(kind="rowwise_adagrad", options=RATE), dtype=dtype)
-    engine = RoutedEmbeddings(logical, options=options)
+    spec = FusedOptimizerSpec(kind="rowwise_adagrad", options=RATE)
+    engine = RoutedEmbeddings(
+        logical, options=RoutedOptions(optimizer=spec, dtype=dtype, placement=placement or RowPlacement())
+    )
     pruner = DimensionPruner([HeldTable(OneEngine(engine), t, f"t{t}") for t in range(tables)], target=target)
     pruner.start()
     for t in range(tables):
@@ -84,7 +92,7 @@ def pruned_engine(
     return engine, pruner
 
 
-def interleaved(steps: list[Callable[[int], None]], rounds: int) -> list[float]:
+def interleaved(steps: Sequence[Callable[[int], object]], rounds: int) -> list[float]:
     """Median seconds of each step function, run in turn."""
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(rounds + 5):

@@ -110,6 +110,22 @@ def test_a_pruning_event_does_not_hold_rows_twice() -> None:
     assert torch.cuda.memory_allocated() < held - 0.2 * before
 
 
+def test_many_rows_move_as_on_the_cpu() -> None:
+    """Several slabs, the last of them short; router, weights and state to the bit."""
+    tables = (LogicalTable(name="big", rows=300_001, dim=16, chunks=4),)
+    engines = [make_engine("rowwise_adagrad", random_codes(1, tables), tables=tables, features=(0,)) for _ in range(2)]
+    engines[1].to(GPU)
+    for engine in engines:
+        for seed, rows in enumerate(state["momentum1"] for state in engine.get_optimizer_state()):
+            rows.copy_(torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed)))
+        engine.move(plan_of(random_codes(2, tables)))
+    assert torch.equal(engines[0].router.tensors.words, engines[1].router.tensors.words.cpu())
+    for one, two in zip(engines[0].split_embedding_weights(), engines[1].split_embedding_weights(), strict=True):
+        assert torch.equal(one, two.cpu())
+    for one, two in zip(engines[0].get_optimizer_state(), engines[1].get_optimizer_state(), strict=True):
+        assert torch.equal(one["momentum1"], two["momentum1"].cpu())
+
+
 def test_a_trainer_prunes_on_a_gpu() -> None:
     log = SyntheticClickLog(num_rows=20_000, num_embeddings=(5000, 300), num_dense=2)
     data = SyntheticClickLogDataModule(log, batch_size=512)
