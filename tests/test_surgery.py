@@ -239,10 +239,12 @@ def test_optimizer_in_backward(name: str, optimizer: type[torch.optim.Optimizer]
     ("optimizer", "options", "message"),
     [
         (
-            torch.optim.Adam,
+            torch.optim.RMSprop,
             {"lr": 0.1},
-            "'host.user' is trained by Adam in the backward pass.*Adagrad, RowWiseAdagrad, SGD",
+            "'host.user' is trained by RMSprop in the backward pass.*Adagrad, Adam, .*RowWiseAdagrad, SGD",
         ),
+        (torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.1}, "weight decay is decoupled: use torch.optim.AdamW"),
+        (torch.optim.Adam, {"lr": 0.1, "amsgrad": True}, "'host.user'.*amsgrad=True.*beta1, beta2, betas, eps, lr"),
         (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "'host.user'.*momentum=0.9"),
         (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}, "weight_decay=0.1"),
         (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1}, "lr_decay=0.1"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.precision import TablePrecision
+from lightning_embcomp.kernels.types import BagLayout
 
 
 class TableState:
@@ -16,7 +18,11 @@ class TableState:
     """
 
     movable = False
-    """Whether an engine that holds it can be moved to another device."""
+    """Whether an engine that holds it can be moved to another device, by :meth:`carry`."""
+
+    def carry(self, device: torch.device) -> None:
+        """Move what lookups and training steps read to another device; a second call does nothing."""
+        raise NotImplementedError
 
     def tensors(self, table: int) -> dict[str, Tensor]:
         """Live tensors of a table, views where tables share storage; empty if the table has none."""
@@ -59,15 +65,13 @@ class TableState:
 class RowValues(TableState):
     """What stands between the stored rows and their use: rounding."""
 
-    def apply(
-        self, rows: Tensor, indices: Tensor, ids_per_feature: Sequence[int], *, bags: int, training: bool
-    ) -> Tensor:
+    def apply(self, rows: Tensor, indices: Tensor, layout: BagLayout, *, bags: int, training: bool) -> Tensor:
         """Values of single rows, differentiable.
 
         Args:
-            rows: Stored rows, float32 ``(N, D)``, feature by feature; columns beyond a table's dim are zero.
+            rows: Stored rows, float32 ``(N, D)``, feature by feature; columns beyond a table's dim may be anything.
             indices: Their logical ids ``(N,)``.
-            ids_per_feature: How many of them belong to each feature.
+            layout: Features of the rows, each row a bag.
             bags: Bags per feature: samples of the batch.
             training: Whether the backward pass may move state.
 

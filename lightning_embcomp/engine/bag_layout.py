@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from lightning_embcomp.kernels.graphs import capturing, keep_for_graph
 from lightning_embcomp.kernels.types import BagLayout
 
 
@@ -45,6 +46,23 @@ class FeatureShapes:
         bags = [sum(ids_per_feature[:f]) for f in range(len(ids_per_feature) + 1)]
         return self._layout(bags, bags[:-1], [0] * len(ids_per_feature), (bags[-1], max(self.dims)))
 
+    def single_rows(self, pooled: BagLayout, offsets: Tensor, ids: int) -> BagLayout:
+        """:meth:`sequence` of the ids of a pooled batch; the host need not know how many each feature has.
+
+        Args:
+            pooled: Layout of the batch.
+            offsets: Bag boundaries.
+            ids: Ids of the batch.
+        """
+        starts = offsets[pooled.bag_start].long()
+        return replace(
+            pooled,
+            bag_start=starts,
+            row_start=starts[:-1],
+            column=torch.zeros_like(pooled.column),
+            shape=(ids, max(self.dims)),
+        )
+
     def _layout(
         self, bag_start: list[int], row_start: list[int], column: list[int], shape: tuple[int, int]
     ) -> BagLayout:
@@ -59,10 +77,32 @@ class FeatureShapes:
         )
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor([int(value) for value in values], dtype=torch.int64, device=self.device)
+        return on_device(torch.tensor([int(value) for value in values], dtype=torch.int64), self.device)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device; the host does not wait for a GPU.
+
+    Args:
+        tensor: In host memory.
+        device: Where it goes.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def pooled_layout(shapes: FeatureShapes, batch_size: int) -> BagLayout:
+    """:meth:`FeatureShapes.pooled`, made once for each batch size.
+
+    Raises:
+        RuntimeError: If a new one is needed while a CUDA graph is captured.
+    """
+    layout = _pooled_layout(shapes, batch_size)
+    keep_for_graph(layout, shapes.device)
+    return layout
 
 
 @lru_cache(maxsize=16)
-def pooled_layout(shapes: FeatureShapes, batch_size: int) -> BagLayout:
-    """:meth:`FeatureShapes.pooled`, made once for each batch size."""
+def _pooled_layout(shapes: FeatureShapes, batch_size: int) -> BagLayout:
+    if capturing(shapes.device):
+        raise RuntimeError("run a lookup of the same batch size before capturing a CUDA graph")
     return shapes.pooled(batch_size)

@@ -19,7 +19,7 @@ from lightning_embcomp.engine.attached import TableState
 from lightning_embcomp.engine.group import Group
 from lightning_embcomp.engine.layout import row_numbers
 from lightning_embcomp.engine.router import slabs
-from lightning_embcomp.kernels.count import LOG_VALUES, decode, round_to_code, uniform
+from lightning_embcomp.kernels.count import decode, log_values, round_to_code, uniform
 
 if TYPE_CHECKING:
     from lightning_embcomp.engine.routed import RoutedEmbeddings
@@ -101,6 +101,8 @@ class RowCounters(TableState):
         first_row: Number of each table's first row, which seeds random bits; one table after the other by default.
     """
 
+    movable = True
+
     def __init__(
         self,
         rows: Iterable[int],
@@ -128,6 +130,11 @@ class RowCounters(TableState):
     def exponent(self) -> float:
         """Binary logarithm of what one lookup adds now."""
         return 0.0 if self.settings.half_life is None else self.step / self.settings.half_life - self.halvings
+
+    def carry(self, device: torch.device) -> None:
+        """Move the counters; the clock is the host's."""
+        self.device = device
+        self.values = [None if values is None else values.to(device) for values in self.values]
 
     def watch(self, table: int) -> None:
         """Count the rows of a table from now on, if they are not counted yet."""
@@ -249,8 +256,8 @@ def _divide(values: Tensor, halvings: int, seed: int, first_row: int) -> None:
     if values.dtype != torch.uint8:
         values *= 2.0**-halvings
         return
-    divided = torch.from_numpy(LOG_VALUES) * 2.0**-halvings
+    divided = log_values(values.device) * 2.0**-halvings
     for start, stop in slabs(values.numel()):
         part = values[start:stop]
-        position = torch.arange(first_row + start, first_row + stop)
+        position = torch.arange(first_row + start, first_row + stop, device=values.device)
         part.copy_(round_to_code(divided[part.long()], uniform(seed, position)))

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_embcomp.engine.bag_layout import on_device
+from lightning_embcomp.engine.bags import owners
+from lightning_embcomp.engine.row_class import FusedRows
 from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.kernels.assemble import assemble, disassemble
-from lightning_embcomp.kernels.count import RowCounts
-from lightning_embcomp.kernels.count.reference import row_gain
+from lightning_embcomp.kernels.count import RowCounts, row_gains
 from lightning_embcomp.kernels.pool import pool
 from lightning_embcomp.kernels.route import find
 from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
@@ -36,7 +38,7 @@ class Call:
     moves: int
     training: bool = True
     multipliers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Distinct slots of a class and the multipliers of their gradients, from the backward pass."""
+    """Slots of a class that were looked up and the multipliers of their gradients, from the backward pass."""
 
     def begin_backward(self, grad: Tensor, *, deferred: bool = False) -> RowCounts | None:
         """Count the step, the rows, and feed the row utilities.
@@ -59,6 +61,7 @@ class Call:
         self.engine.count_step()
         if self.utility is not None:
             norms = self._whole_norms()
+            grad = unscaled(grad, self.engine.loss_scaler)
             self.utility.observe(grad, self.indices, self.offsets, self.layout, self.weights, norms)
         counting = self.engine.counting
         if not counting.active:
@@ -71,10 +74,28 @@ class Call:
         if found is None:
             return None
         features = torch.arange(self.layout.table.numel(), device=self.layout.table.device)
-        feature = torch.repeat_interleave(features, self.layout.bag_start.diff())
+        bags = self.offsets.numel() - 1  # told, so that the host need not wait for it
+        feature = torch.repeat_interleave(features, self.layout.bag_start.diff(), output_size=bags)
         lengths = self.offsets.long().diff().clamp(min=1)
         mean = self.layout.mean[feature] == 1
         return (found / torch.where(mean, lengths, 1).unsqueeze(1)).contiguous()
+
+
+def unscaled(found: Tensor, scaler: torch.amp.GradScaler | None, power: int = 1) -> Tensor:
+    """What follows from gradients of the loss, without the factor that 16-bit training gives the loss.
+
+    Args:
+        found: The gradients, or what was made from them.
+        scaler: Knows the factor; None if there is none.
+        power: Power of the factor.
+
+    Returns:
+        The same divided by the factor; numbers that the factor has made too large are 0, since their step is skipped.
+    """
+    if scaler is None:
+        return found
+    factor = scaler.scale(torch.ones((), device=found.device))  # the host does not wait for it
+    return (found / factor**power).nan_to_num(0.0, 0.0, 0.0)
 
 
 class AssembleClasses(torch.autograd.Function):
@@ -117,9 +138,10 @@ class DirectLookup(torch.autograd.Function):
         call: Call = ctx.call
         counts = call.begin_backward(grads[0], deferred=True)
         engine = call.engine
+        states = engine.get_optimizer_state()
         update_rows(
             engine.split_embedding_weights(),
-            [state.get("momentum1") for state in engine.get_optimizer_state()],
+            [state.get("momentum1") for state in states],
             ctx.rules,
             grads[0],
             ctx.routes,
@@ -129,6 +151,8 @@ class DirectLookup(torch.autograd.Function):
             engine.columns,
             call.indices,
             counts,
+            [state.get("momentum2") for state in states],
+            max(rows.step for rows in engine.classes if isinstance(rows, FusedRows)),
         )
         return None, None, None
 
@@ -147,13 +171,16 @@ class ScaleRowGradients(torch.autograd.Function):
         """Scale the rows of this lookup; all others have no gradient."""
         slots, multipliers = ctx.call.multipliers.pop(ctx.row_class)
         grad = grads[0]
+        multipliers = multipliers.to(grad.dtype)
         if grad.is_sparse:
-            position = torch.searchsorted(slots, grad._indices()[0])
-            values = grad._values() * multipliers[position].to(grad.dtype).unsqueeze(1)
+            by_slot = multipliers.new_empty(grad.shape[0])  # read where it is written only
+            by_slot[slots] = multipliers
+            values = grad._values() * by_slot[grad._indices()[0]].unsqueeze(1)
             scaled = torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
             return scaled, None, None
-        # In place: the lookup is the only reader of what forward returned, so nobody else holds this gradient.
-        grad[slots] *= multipliers.to(grad.dtype).unsqueeze(1)
+        # In place: the lookup is the only reader of what forward returned, so nobody else holds this gradient. A row
+        # that was looked up several times is written several times, with the same values.
+        grad[slots] = grad[slots] * multipliers.unsqueeze(1)
         return grad, None, None
 
 
@@ -161,28 +188,31 @@ def trained_multipliers(call: Call, counts: RowCounts, batch: RoutedBatch) -> di
     """Multipliers of the gradients of the rows that a lookup touched, for each class that another optimizer trains.
 
     Returns:
-        Distinct slots, rising, and float32 multipliers of the same length, by class.
+        Slots that were looked up, as often as they were, and float32 multipliers of the same length, by class.
     """
-    layout, offsets = call.layout, call.offsets.long()
-    ids_per_feature = offsets[layout.bag_start].diff()
-    table_of_id = torch.repeat_interleave(layout.table, ids_per_feature)
+    caps = _caps(call)
+    gains = row_gains(counts, call.indices, call.offsets, call.layout)
     found = {}
     for c, rows in enumerate(call.engine.classes):
         span = slice(batch.id_start[c], batch.id_start[c + 1])
-        rate = getattr(rows, "learning_rate", None)
         position = batch.positions[span].long()
         if position.numel() == 0:
             continue
-        multipliers = torch.ones(position.numel())
-        for t, rates in call.engine.counting.rates.items():
-            mine = table_of_id[position] == t
-            gain = row_gain(counts, t, call.indices[position[mine]].long())
-            assert gain is not None
-            if math.isfinite(rates.cap):
-                if not rate:
-                    raise RuntimeError("a largest rate needs the rate of the optimizer, which is not known yet")
-                gain = gain.clamp(max=rates.cap / rate)
-            multipliers[mine] = gain
-        slots, inverse = torch.unique(batch.slots[span].long(), return_inverse=True)
-        found[c] = (slots, torch.empty(slots.numel()).scatter_(0, inverse, multipliers))
+        multipliers = gains[position]
+        if caps is not None:
+            rate = getattr(rows, "learning_rate", None)
+            if not rate:
+                raise RuntimeError("a largest rate needs the rate of the optimizer, which is not known yet")
+            multipliers = torch.minimum(multipliers, (caps[position] / rate).float())
+        found[c] = (batch.slots[span].long(), multipliers)
     return found
+
+
+def _caps(call: Call) -> Tensor | None:
+    """Largest rate of the row of each id, float64; None if no table has one."""
+    rates = call.engine.counting.rates
+    if all(math.isinf(found.cap) for found in rates.values()):
+        return None
+    of_table = [rates[t].cap if t in rates else math.inf for t in range(len(call.engine.tables))]
+    caps = on_device(torch.tensor(of_table, dtype=torch.float64), call.indices.device)[call.layout.table]
+    return caps[owners(call.offsets.long()[call.layout.bag_start], call.indices.numel())]

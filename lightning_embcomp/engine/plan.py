@@ -79,7 +79,8 @@ class WithoutZeroWidths:
         codes, precision = self._plan.codes(table, start, stop, current), self._precision[table]
         if precision is None:
             return codes
-        return torch.where(precision.bits_of(start, stop) == 0, 0, codes).to(torch.uint8)
+        dropped = (precision.bits_of(start, stop) == 0).to(codes.device)
+        return torch.where(dropped, 0, codes).to(torch.uint8)
 
 
 @dataclass
@@ -97,7 +98,7 @@ class ReadPlan:
 
     def codes(self, table: int, start: int, stop: int, current: Tensor) -> Tensor:
         """The codes read."""
-        return self.read(table, start, stop)
+        return self.read(table, start, stop).to(current.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ class TablePrecision:
     """The rounding of one logical table.
 
     Args:
-        bounds: First row of each group, and the number of rows, int64 ``(G + 1,)``. Rows count by falling
-            frequency where ``group`` is given, else by their id.
+        bounds: First row of each group, and the number of rows, int64 ``(G + 1,)``, in host memory as all but
+            ``group``. Rows count by falling frequency where ``group`` is given, else by their id.
         bits: Width of each group: 0 to 8, or 32 for groups that are not rounded; uint8 ``(G,)``.
         steps: Step of every width from 1 to 8 in use; each a number of float16.
         offset: Added to every rounded column, float32 ``(D,)``.
@@ -71,7 +71,7 @@ class TablePrecision:
     def group_of(self, start: int, stop: int) -> Tensor:
         """Group of the rows ``start`` to ``stop``, int64."""
         if self.group is not None:
-            return self.group[start:stop].long()
+            return self.group[start:stop].cpu().long()
         return torch.bucketize(torch.arange(start, stop), self.bounds[1:-1], right=True)
 
     def bits_of(self, start: int, stop: int) -> Tensor:
@@ -81,12 +81,12 @@ class TablePrecision:
     def codes(self, values: Tensor, width: int) -> Tensor:
         """Integers :math:`k + 2^{b-1}` from 0 to :math:`2^b - 1` of values ``(n, D)``, uint8."""
         half = 2 ** (width - 1)
-        scaled = (values.float() - self.offset) / self.steps[width]
+        scaled = (values.float() - self.offset.to(values.device)) / self.steps[width]
         return (scaled.round().clamp(-half, half - 1) + half).to(torch.uint8)
 
     def decode(self, codes: Tensor, width: int) -> Tensor:
         """Values of the integers of :meth:`codes`, float32."""
-        return (codes.float() - 2 ** (width - 1)) * self.steps[width] + self.offset
+        return (codes.float() - 2 ** (width - 1)) * self.steps[width] + self.offset.to(codes.device)
 
     def round(self, values: Tensor, start: int) -> Tensor:
         """Rounded values of consecutive rows.
@@ -98,8 +98,8 @@ class TablePrecision:
         Returns:
             float32 tensor of the same shape.
         """
-        bits = self.bits_of(start, start + values.shape[0])
-        rounded = torch.zeros(values.shape, dtype=torch.float32)
+        bits = self.bits_of(start, start + values.shape[0]).to(values.device)
+        rounded = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
         for width in self.widths():
             mine = bits == width
             if width == FULL_WIDTH:

@@ -81,30 +81,39 @@ class KnownFrequencies(TableState):
         rows: Logical rows of each table.
         log: Whether to store 1 byte per row, within 4 % of p, instead of 4.
         horizon: Steps T of the whole run.
+        device: Where the frequencies live, the CPU by default; the units are the host's.
     """
 
-    def __init__(self, rows: Iterable[int], *, log: bool, horizon: int = 1) -> None:
+    movable = True
+
+    def __init__(self, rows: Iterable[int], *, log: bool, horizon: int = 1, device: torch.device | None = None) -> None:
         self.rows = tuple(rows)
         self.log = log
+        self.device = device or torch.device("cpu")
         self.horizon = horizon
         self.values: dict[int, Tensor] = {}
         self.units: dict[int, Tensor] = {}
+
+    def carry(self, device: torch.device) -> None:
+        """Move the frequencies; the host reads the units in every step."""
+        self.device = device
+        self.values = {table: values.to(device) for table, values in self.values.items()}
 
     def set_table(self, table: int, frequency: Tensor, unit: Tensor) -> None:
         """Set the frequencies of a table.
 
         Args:
             table: Table index.
-            frequency: Lookups per step, positive, float64 ``(rows,)``.
-            unit: The smallest one of the whole table, float64 scalar.
+            frequency: Lookups per step, positive, float64 ``(rows,)``, in host memory.
+            unit: The smallest one of the whole table, float64 scalar, in host memory.
         """
         ratio = frequency / unit
-        self.values[table] = nearest_code(ratio) if self.log else ratio.float()
+        self.values[table] = (nearest_code(ratio) if self.log else ratio.float()).to(self.device)
         self.units[table] = unit.reshape(1).clone()
 
     def frequency(self, table: int) -> Tensor:
         """Lookups per step as they are stored, float64 ``(rows,)``."""
-        return decode(self.values[table]) * self.units[table]
+        return decode(self.values[table]) * float(self.units[table])
 
     def stored(self, table: int) -> Tensor:
         """Frequencies over the smallest one."""
@@ -283,6 +292,11 @@ def _check_fused(rows: FusedRows, name: str) -> None:
             f"table {name!r} is trained by {kind}, which already divides the step of a row by the root of what it has"
             " seen: a multiplier by frequency on top would do so twice. Use SGD for the tables (and tune its rate"
             " anew), or leave the table out"
+        )
+    if rows.optimizer.options.get("stochastic_rounding"):
+        raise UnsupportedOptimizerError(
+            f"table {name!r} is rounded stochastically, which rows with rates of their own cannot be: leave"
+            " stochastic_rounding out, or leave the table out"
         )
     if rows.direct_rule() is None:
         extra = sorted(set(rows.optimizer.options) - {"learning_rate", "eps"})

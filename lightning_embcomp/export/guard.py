@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_embcomp.export.artefact import Artefact
@@ -96,7 +97,9 @@ def guarded_build(
     costs: dict[str, float] = {}
     while True:
         artefact = build(used)
-        modules = serve_by_path(artefact)
+        modules = {
+            path: served.to(_device_of(module.get_submodule(path))) for path, served in serve_by_path(artefact).items()
+        }
         with swapped(module, modules):
             exported = evaluate(module, batches, predictions)
         result = _result(
@@ -137,6 +140,12 @@ def _worst(candidates: Iterable[str], costs: Mapping[str, float], excess: float)
         chosen.append(name)
         excess -= costs[name]
     return chosen
+
+
+def _device_of(host: nn.Module) -> torch.device:
+    """Where a module that holds tables looks them up."""
+    found = getattr(host, "device", None)
+    return found if isinstance(found, torch.device) else next(host.parameters()).device
 
 
 def _rounded_rows(artefact: Artefact) -> list[str]:

@@ -57,7 +57,7 @@ def load(dirpath: str | os.PathLike[str], device: torch.device | str = "cpu") ->
 
     Args:
         dirpath: Folder that :func:`~lightning_embcomp.export.files.write` or ``embcomp export`` wrote.
-        device: Where lookups run; the fast kernel is that of the CPU.
+        device: Where lookups run; there are kernels for CPUs and CUDA.
 
     Returns:
         For one module with tables, a module with its interface (``EmbeddingBagCollection``, ``EmbeddingCollection``,

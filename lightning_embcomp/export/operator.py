@@ -29,7 +29,8 @@ def tensors_of(record: Any) -> list[Tensor]:  # noqa: ANN401 - one of the kernel
     return found
 
 
-@torch.library.custom_op("embcomp::pool_served", mutates_args=())
+# Not for CUDA graphs, which `mode="reduce-overhead"` would make: addresses are read anew in every call.
+@torch.library.custom_op("embcomp::pool_served", mutates_args=(), tags=(torch._C.Tag.cudagraph_unsafe,))
 def pool_served_op(
     indices: Tensor,
     offsets: Tensor,

@@ -32,7 +32,7 @@ class ServedTables(nn.Module):
         expanded: The export; rows are shared with other modules of the same export.
         tables: Indices of the tables to serve.
         feature_tables: Position in ``tables`` of each feature, in the order of the output; each once by default.
-        device: Where lookups run. The fast kernel is that of the CPU.
+        device: Where lookups run; there are kernels for CPUs and CUDA.
     """
 
     def __init__(

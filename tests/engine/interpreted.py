@@ -5,15 +5,24 @@ import sys
 
 import torch
 
+from lightning_embcomp.engine.optimizer import FusedKind
 from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.kernels.dispatch import force_backend
 
 from .engines import TABLES, make_engine, plan_of, random_codes, read_all, train
 
+RUNS: tuple[tuple[FusedKind, torch.dtype], ...] = (
+    ("rowwise_adagrad", torch.float32),
+    ("sgd", torch.float16),
+    ("adagrad", torch.float32),
+    ("adam", torch.float32),
+    ("partial_rowwise_lamb", torch.float32),
+)
+
 
 def main() -> None:
     differences = {}
-    for kind, dtype in (("rowwise_adagrad", torch.float32), ("sgd", torch.float16), ("adagrad", torch.float32)):
+    for kind, dtype in RUNS:
         engines = []
         for backend in ("cpu", "triton"):
             engine = make_engine(kind, random_codes(1), dtype=dtype, mean=kind == "adagrad")

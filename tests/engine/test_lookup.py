@@ -31,6 +31,11 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 PATHS: dict[str, dict[str, Any]] = {"direct": {}, "fbgemm": {"weight_decay": 0.0}}
 
 
+def loss(kind: FusedKind, pooled: torch.Tensor) -> torch.Tensor:
+    """Small steps for SGD: a row with many occurrences overshoots otherwise, and what rounds differently runs apart."""
+    return pooled.sin().sum() * (0.1 if kind == "sgd" else 1.0)
+
+
 # FBGEMM's CPU backward forgets the bag length where mean pooling meets per-sample weights: see the test below.
 @pytest.mark.parametrize(("mean", "weighted"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("path", PATHS)
@@ -42,8 +47,8 @@ def test_whole_rows_equal_fbgemm_over_fifty_steps(kind: FusedKind, path: str, me
         ids, offsets, weights = batch(step, weighted=weighted)
         found, wanted = engine(ids, offsets, weights), plain(ids, offsets, per_sample_weights=weights)
         torch.testing.assert_close(found, wanted, **CLOSE)
-        found.sin().sum().backward()
-        wanted.sin().sum().backward()
+        loss(kind, found).backward()
+        loss(kind, wanted).backward()
     for found, wanted in zip(read_all(engine), plain.split_embedding_weights(), strict=True):
         torch.testing.assert_close(found, wanted, **CLOSE)
     if kind == "sgd":
@@ -103,7 +108,7 @@ def test_both_paths_train_pruned_rows_alike(kind: FusedKind) -> None:
         given = batch(step, weighted=True)
         for engine, backend in zip(engines, ("cpu", "cpu", "reference"), strict=True):
             with force_backend(backend):  # type: ignore[arg-type]
-                engine(*given).sin().sum().backward()
+                loss(kind, engine(*given)).backward()
     for tables in zip(*map(read_all, engines), strict=True):
         torch.testing.assert_close(tables[0], tables[1], **CLOSE)
         # The twin adds occurrences up in another order, and every step builds on the last.

@@ -21,6 +21,7 @@ from lightning_embcomp.engine.hosts import RoutedHost
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.precision import TablePrecision
 from lightning_embcomp.export.expansion import expand
+from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.models import ClickModel
 from lightning_embcomp.surgery import build_host, fill, replace
 from lightning_embcomp.tables import find_hosts
@@ -112,10 +113,10 @@ class Rounded:
     def precision(self, table: int) -> TablePrecision:
         return self.precisions[table]
 
-    def apply(self, rows: Tensor, indices: Tensor, ids_per_feature: Sequence[int], **_: Any) -> Tensor:
+    def apply(self, rows: Tensor, indices: Tensor, layout: BagLayout, **_: Any) -> Tensor:
         """Rows one by one, by the definition."""
         out, at = torch.zeros_like(rows), 0
-        for t, count in enumerate(ids_per_feature):
+        for t, count in enumerate(layout.bag_start.diff().tolist()):
             for i in range(at, at + count):
                 one = self.precisions[t].round(rows[i : i + 1], start=int(indices[i]))
                 out[i] = one[0]

@@ -59,7 +59,7 @@ def saved(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimi
 
 
 @pytest.mark.parametrize("layout", ["prefix", "chunks"])
-@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad", "adagrad"])
+@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad", "adagrad", "adam", "partial_rowwise_lamb"])
 @pytest.mark.parametrize("utility", [False, True])
 def test_fused_tables_are_counted_as_the_engine_counts_them(
     tmp_path: Path, kind: FusedKind, layout: ChunkLayout, utility: bool

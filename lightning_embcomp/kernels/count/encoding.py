@@ -9,6 +9,8 @@ References:
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +30,16 @@ STEP_FACTOR = 0x9E3779B97F4A7C15
 ROW_FACTOR = 0xD1B54A32D192ED03
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+
+
+def log_values(device: torch.device) -> Tensor:
+    """:data:`LOG_VALUES` on a device, float64; copied to it once."""
+    return torch.from_numpy(LOG_VALUES) if device.type == "cpu" else _log_values(device)
+
+
+@cache
+def _log_values(device: torch.device) -> Tensor:
+    return torch.from_numpy(LOG_VALUES).to(device)
 
 
 def uniform(seed: int, position: Tensor) -> Tensor:
@@ -65,7 +77,7 @@ def round_to_code(value: Tensor, draw: Tensor) -> Tensor:
         >>> round_to_code(torch.tensor([0.0, 1.0, 1.5, 1.5]).double(), torch.tensor([0.5, 0.9, 0.4, 0.6]).double())
         tensor([0, 1, 2, 1], dtype=torch.uint8)
     """
-    values = torch.from_numpy(LOG_VALUES).to(value.device)
+    values = log_values(value.device)
     low = (torch.searchsorted(values, value.contiguous(), right=True) - 1).clamp(0, LAST_CODE)
     high = (low + 1).clamp(max=LAST_CODE)
     up = draw * (values[high] - values[low]) < value - values[low]
@@ -88,7 +100,7 @@ def nearest_code(value: Tensor) -> Tensor:
 def decode(stored: Tensor) -> Tensor:
     """The counts that stored counters stand for, float64."""
     if stored.dtype == torch.uint8:
-        return torch.from_numpy(LOG_VALUES).to(stored.device)[stored.long()]
+        return log_values(stored.device)[stored.long()]
     return stored.double()
 
 

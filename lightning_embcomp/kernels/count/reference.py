@@ -9,8 +9,8 @@ from lightning_embcomp.kernels.count.encoding import (
     INTEGER,
     LARGEST_INT,
     LOG,
-    LOG_VALUES,
     decode,
+    log_values,
     round_to_code,
     uniform,
 )
@@ -20,8 +20,7 @@ from lightning_embcomp.kernels.types import BagLayout
 
 def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagLayout) -> None:
     """Plain twin of :func:`lightning_embcomp.kernels.count.count_rows`."""
-    bag = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=indices.device), offsets.long().diff())
-    table_of_id = layout.table[torch.searchsorted(layout.bag_start[1:], bag, right=True)]
+    table_of_id = _table_of_id(offsets, layout)
     for t, stored in enumerate(counts.tables):
         increment = float(counts.increment[t])
         if stored is None or increment == 0.0:
@@ -32,13 +31,29 @@ def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagL
         kind = int(counts.encoding[t])
         after = decode(before) + added
         if kind == LOG:
-            last = torch.from_numpy(LOG_VALUES[-1:]).to(after.device)
-            draw = uniform(int(counts.seed), counts.first_row[t] + rows)
+            last = log_values(after.device)[-1:]
+            draw = uniform(int(counts.seed), int(counts.first_row[t]) + rows)
             stored[rows] = round_to_code(torch.minimum(after, last), draw)
         elif kind == INTEGER:
             stored[rows] = after.clamp(max=LARGEST_INT).to(torch.int32)
         else:
             stored[rows] = after.float()
+
+
+def row_gains(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagLayout) -> Tensor:
+    """Plain twin of :func:`lightning_embcomp.kernels.count.row_gains`."""
+    table_of_id = _table_of_id(offsets, layout)
+    gains = torch.ones(indices.numel(), device=indices.device)
+    for t in range(len(counts.tables)):
+        mine = table_of_id == t
+        gain = row_gain(counts, t, indices[mine].long())
+        if gain is not None:
+            gains[mine] = gain
+    return gains
+
+
+def _table_of_id(offsets: Tensor, layout: BagLayout) -> Tensor:
+    return torch.repeat_interleave(layout.table, offsets.long()[layout.bag_start].diff())
 
 
 def row_gain(counts: RowCounts, table: int, rows: Tensor) -> Tensor | None:

@@ -73,6 +73,7 @@ def _count(
     address,
     encoding,
     first_row,
+    rows,
     increment,
     occurrences,
     seed,
@@ -89,6 +90,7 @@ def _count(
     i = tl.load(order + p, head, other=0)
     table = tl.load(table_of + count_at_most(bounds + 1, features, i, steps), head, other=0)
     row = tl.load(ids + i, head, other=0).to(tl.int64)
+    head = head & (row >= 0) & (row < tl.load(rows + table, head, other=0))  # ids out of range are reported later
     added = tl.load(increment + table, head, other=0.0)
     if key_steps > 0:
         times = (count_at_most(keys, n, key, key_steps) - p).to(tl.float64)
@@ -108,6 +110,35 @@ def _count(
     draw = _uniform(tl.load(seed), tl.load(first_row + table, head, other=0) + row)
     code = tl.where(draw * (above - below) < goal - below, high, low).to(tl.uint8)
     tl.store(at.to(tl.pointer_type(tl.uint8)) + row, code, head & (kind == _LOG))
+
+
+@triton.jit
+def _gains(
+    ids,
+    bounds,
+    table_of,
+    address,
+    encoding,
+    rows,
+    gain,
+    floor,
+    values,
+    out,
+    n,
+    features,
+    steps: tl.constexpr,
+    block: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    there = i < n
+    table = tl.load(table_of + count_at_most(bounds + 1, features, i, steps), there, other=0)
+    row = tl.load(ids + i, there, other=0).to(tl.int64)
+    live = there & (row >= 0) & (row < tl.load(rows + table, there, other=0))
+    at, kind = tl.load(address + table, there, other=0), tl.load(encoding + table, there, other=0)
+    count = tl.maximum(decode(at, row, kind, values, live), tl.load(floor + table, there, other=1.0))
+    wanted = tl.load(gain + table, there, other=0.0)
+    multiplier = (wanted / tl.sqrt(count)).to(tl.float32)
+    tl.store(out + i, tl.where((kind != 0) & (wanted > 0.0), multiplier, 1.0), there)
 
 
 def on_device(field: Tensor, device: torch.device) -> Tensor:
@@ -142,6 +173,7 @@ def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagL
         on_device(counts.address, device),
         on_device(counts.encoding, device),
         on_device(counts.first_row, device),
+        constant(rows, torch.int64, device),
         on_device(counts.increment, device),
         on_device(counts.occurrences, device),
         on_device(torch.tensor([seed]), device),
@@ -152,3 +184,27 @@ def count_rows(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagL
         steps_for(ids.numel()) if by_occurrence else 0,
         _HEADS,
     )
+
+
+def row_gains(counts: RowCounts, indices: Tensor, offsets: Tensor, layout: BagLayout) -> Tensor:
+    """Triton twin of :func:`lightning_embcomp.kernels.count.reference.row_gains`."""
+    device, ids, features = indices.device, indices.contiguous(), layout.table.numel()
+    gains = torch.empty(ids.numel(), device=device)
+    if ids.numel():
+        _gains[(triton.cdiv(ids.numel(), _HEADS),)](
+            ids,
+            offsets.index_select(0, layout.bag_start),
+            layout.table,
+            on_device(counts.address, device),
+            on_device(counts.encoding, device),
+            constant([0 if stored is None else stored.numel() for stored in counts.tables], torch.int64, device),
+            on_device(counts.gain, device),
+            on_device(counts.floor, device),
+            log_values(device),
+            gains,
+            ids.numel(),
+            features,
+            steps_for(features),
+            _HEADS,
+        )
+    return gains

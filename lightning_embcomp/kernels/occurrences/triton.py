@@ -33,12 +33,15 @@ def _spread_bags(offsets, bag_of_id, bags, block: tl.constexpr):
 
 
 @triton.jit
-def _row_keys(ids, bounds, table_of, start, keys, n, features, steps: tl.constexpr, block: tl.constexpr):
+def _row_keys(ids, bounds, table_of, start, keys, rows, n, features, steps: tl.constexpr, block: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     there = i < n
     table = tl.load(table_of + count_at_most(bounds + 1, features, i, steps), there, other=0)
     first = tl.load(start + table, there, other=-1)
-    key = tl.where(first < 0, -1, first + tl.load(ids + i, there, other=0))
+    row = tl.load(ids + i, there, other=0).to(tl.int64)
+    key = first + row
+    # Ids out of range are reported later; until then they are left out, or fall on another row.
+    key = tl.where((first >= 0) & (row >= 0) & (key < rows), key, -1)
     tl.store(keys + i, key.to(keys.dtype.element_ty), there)
 
 
@@ -102,7 +105,7 @@ def sort_rows(indices: Tensor, offsets: Tensor, layout: BagLayout, start: Tensor
         offsets: Bag boundaries.
         layout: Features of the bags.
         start: Number of the first row of each table, int64 ``(T,)``; negative for tables that are left out.
-        rows: More than the largest number of a row.
+        rows: One more than the largest number of a row.
 
     Returns:
         Numbers of the rows, rising, -1 for ids that are left out, and the position of each id; ids of a row stay in
@@ -113,7 +116,7 @@ def sort_rows(indices: Tensor, offsets: Tensor, layout: BagLayout, start: Tensor
     if ids.numel():
         bounds, features = offsets.index_select(0, layout.bag_start), layout.table.numel()
         grid = (triton.cdiv(ids.numel(), _IDS),)
-        _row_keys[grid](ids, bounds, layout.table, start, keys, ids.numel(), features, steps_for(features), _IDS)
+        _row_keys[grid](ids, bounds, layout.table, start, keys, rows, ids.numel(), features, steps_for(features), _IDS)
     return keys.sort(stable=True)
 
 

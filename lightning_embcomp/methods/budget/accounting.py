@@ -81,7 +81,7 @@ def group_rows(table: HeldTable) -> Tensor:
     codes, groups = table.logical.codes, precision.bits.numel()
     counts = torch.zeros(groups * codes, dtype=torch.int64)
     for start, stop in slabs(table.logical.rows):
-        cell = precision.group_of(start, stop) * codes + engine.router.read(t, start, stop)[0].long()
+        cell = precision.group_of(start, stop) * codes + engine.router.read(t, start, stop)[0].cpu().long()
         counts += torch.bincount(cell, minlength=groups * codes)
     return counts.view(groups, codes)
 

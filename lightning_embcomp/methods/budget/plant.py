@@ -117,7 +117,7 @@ class TrainedModel:
         for state in self.training.states:
             size = _group_values(state)
             bits += (
-                float((size * state.bits.double()).sum())
+                float((size * state.bits.cpu().double()).sum())
                 if not state.searching
                 else float(size.sum() * int(state.widths[-1]))
             )
@@ -175,7 +175,7 @@ class TrainedModel:
             widths = state.widths.tolist()
             now = torch.tensor([widths.index(b) for b in state.bits.tolist()])
             size, kept = self._sizes(state, widths)
-            cost = credited_errors(errors, _group_values(state)) * kept.unsqueeze(1)
+            cost = credited_errors(errors.cpu(), _group_values(state)) * kept.unsqueeze(1)
             if not grows:
                 cost[torch.arange(len(widths)) > now.unsqueeze(1)] = torch.inf
             costs.append(cost)
@@ -184,7 +184,7 @@ class TrainedModel:
         cost, size, now = torch.cat(costs), torch.cat(sizes), torch.cat(chosen)
         present = int(size.gather(1, now.unsqueeze(1)).sum())
         index = widths_within(cost, size, present + change)
-        bits = states[0].widths[index].to(torch.uint8)
+        bits = states[0].widths.cpu()[index].to(torch.uint8)
         for state, mine in zip(states, bits.split([s.bits.numel() for s in states]), strict=True):
             state.fix(mine.clone())
         if grows:
@@ -200,7 +200,7 @@ class TrainedModel:
         for table in self._tables_of(state):
             part, logical = state.groups.of_table(table.index), table.logical
             rows = group_rows(table)
-            dropped = state.bits[part] == 0
+            dropped = state.bits[part].cpu() == 0
             # Rows without bits store nothing; with bits, pruning would give them about what others have.
             code = max(1, round(self.share * logical.full_code)) if logical.layout == "prefix" else logical.full_code
             rows[dropped, code] = rows[dropped, 0]
@@ -219,5 +219,6 @@ class TrainedModel:
 
 
 def _group_values(state: Any) -> Tensor:  # noqa: ANN401 - the rounding state of another method
-    """Rows times columns of every group, float64 ``(G,)``."""
-    return state.groups.sizes().double() * torch.tensor(state.dims)[state.groups.table].double()
+    """Rows times columns of every group, float64 ``(G,)``, of the host as all that decisions are made from."""
+    values: Tensor = state.group_values
+    return values.cpu().double()

@@ -1,4 +1,4 @@
-"""A copy of everything that a step may spoil, in memory, and the way back to it."""
+"""A copy of everything that a step may spoil, in host memory, and the way back to it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def take(
     return {
         "module": {key: _copied(value) for key, value in module.state_dict().items()},
         "optimizers": [_copied(optimizer.state_dict()) for optimizer in optimizers],
-        "bits": [] if training is None else [state.bits.clone() for state in training.states],
+        "bits": [] if training is None else [_copied(state.bits) for state in training.states],
         "rounding": None if training is None else _copied(training.state_dict()),
     }
 
@@ -103,7 +103,7 @@ def nbytes(saved: object) -> int:
 
 def _copied(value: Any) -> Any:  # noqa: ANN401 - any part of a state dict
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone() if value.device.type == "cpu" else value.detach().cpu()
     if isinstance(value, dict):
         return {key: _copied(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -88,6 +88,7 @@ class FrequencyAwareLR(CompressionCallback):
 
     owns: ClassVar[Property] = "learning_rate"
     follows_shards: ClassVar[bool] = True
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     changes_values: ClassVar[bool] = False
 
     def __init__(

@@ -56,7 +56,7 @@ class FbgemmRates:
         for engine in self.engines:
             for state, speaks in zip(engine.get_optimizer_state(), self._spoken_for(engine), strict=True):
                 stride = max(1, state[_COUNTER].numel() // SAMPLED_ROWS)
-                counter = state[_COUNTER][::stride][speaks[::stride]].double()
+                counter = state[_COUNTER][::stride].cpu()[speaks[::stride]].double()
                 counter = counter[counter > 0]
                 found.append(torch.stack([counter, rate_of[id(engine)] * counter.rsqrt()], 1))
         counts, effective = torch.cat(self.group.gather_uneven(torch.cat(found))).unbind(1)

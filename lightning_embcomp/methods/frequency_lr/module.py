@@ -100,7 +100,7 @@ class FrequencyRates:
         if isinstance(held, KnownFrequencies):
             found = held
         else:
-            found = KnownFrequencies((t.rows for t in engine.tables), log=log)
+            found = KnownFrequencies((t.rows for t in engine.tables), log=log, device=engine.options.device)
             engine.attach(FREQUENCY, found)
         if found.log != log:
             raise CounterConflictError(
@@ -150,14 +150,15 @@ class FrequencyRates:
             )
 
     def multipliers(self, shard: TableShard, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts as they are stored, and multipliers before the cap, of some rows; float64 ``(n,)`` each.
+        """Counts as they are stored, and multipliers before the cap, of some rows; float64 ``(n,)`` of the host each.
 
         Args:
             shard: Part of a table.
             rows: Rows of the part.
         """
         source = self._sources[id(shard.engine)]
-        stored = decode(source.stored(shard.index)[rows])
+        counters = source.stored(shard.index)
+        stored = decode(counters[rows.to(counters.device)].cpu())
         return stored, float(np.ravel(source.gains(np.array([shard.index])))[0]) * stored.clamp(
             min=source.floor()
         ).rsqrt()

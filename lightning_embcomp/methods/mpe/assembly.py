@@ -42,6 +42,7 @@ def new_state(
         offset=offset,
         temperature=temperature,
         features=features if spread else None,
+        device=host.options.device,
         leads=[t.index for t in tables if spread and host.row_owners(t.index)[0] == host.group.rank],
     )
 
@@ -63,7 +64,8 @@ def put_in(host: EngineHost, state: RoundingState, unordered: Mapping[int, Tenso
         parts = [_part(t, shard) for t, shard in held]
         # All tables of an engine are sharded in one way, so that all of them are copies or none is.
         (counts,) = speaking
-        engine.round_values(RowQuantizer(engine, RowGroups(state.groups, parts, unordered), state, counts=counts))
+        row_groups = RowGroups(state.groups, parts, unordered, state.device)
+        engine.round_values(RowQuantizer(engine, row_groups, state, counts=counts))
 
 
 def mean_magnitudes(tables: Sequence[HeldTable]) -> dict[int, float]:

@@ -64,6 +64,7 @@ class MixedPrecisionSearch(CompressionCallback):
 
     owns = "precision"
     follows_shards = True
+    devices = ("cpu", "cuda")
 
     def __init__(
         self,
@@ -259,8 +260,10 @@ class MixedPrecisionSearch(CompressionCallback):
         searching = self.training.searching
         if searching and self.search.steps is not None and step >= self.search.steps:
             self._end_search(trainer)
+        # Tensors of the device: to bring a number there, the host would wait.
+        bits = self.training.expected_bits().float()
         pl_module.log_dict(
-            {f"{self._group}/average_bits": self.training.average_bits(), f"{self._group}/searching": float(searching)}
+            {f"{self._group}/average_bits": bits, f"{self._group}/searching": torch.full_like(bits, float(searching))}
         )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

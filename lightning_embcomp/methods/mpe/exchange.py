@@ -42,10 +42,11 @@ def synchronise(states: Sequence[RoundingState], group: Group) -> list[bool]:
     """
     changed = []
     for state in states:
-        leads = torch.zeros(len(state.dims), dtype=torch.bool)
+        leads = torch.zeros(len(state.dims), dtype=torch.bool, device=state.device)
         leads[sorted(state.leads)] = True
         of_group = leads[state.groups.table]
         state.bits.copy_(_sum([_where(of_group, state.bits)], group)[0])
+        state.read_bits()
         changed.append(state.holds_search != state.searching)
         if changed[-1]:
             state.hold_search(state.searching)

@@ -44,6 +44,11 @@ class GroupBounds:
             self.bounds[t], self.first[t] = bounds, len(table_of)
             table_of += [t] * (bounds.numel() - 1)
         self.table = torch.tensor(table_of)
+        self._sizes = torch.cat([bounds.diff() for bounds in self.bounds.values()])
+
+    def carry(self, device: torch.device) -> None:
+        """Move the tables and sizes of the groups; the bounds are the host's."""
+        self.table, self._sizes = self.table.to(device), self._sizes.to(device)
 
     def of_table(self, table: int) -> slice:
         """Its groups among those of all tables."""
@@ -52,7 +57,7 @@ class GroupBounds:
 
     def sizes(self) -> Tensor:
         """Rows of every group, int64 ``(G,)``."""
-        return torch.cat([bounds.diff() for bounds in self.bounds.values()])
+        return self._sizes
 
     def by_rank(self, table: int) -> Tensor:
         """Group of each row of a table within it, most frequent row first, int64 ``(R,)``."""
@@ -111,10 +116,18 @@ class RowGroups:
         whole: Groups of the whole tables.
         parts: What the engine holds, table by table.
         groups: Group of each row of a whole table, for those whose ids are not numbered by falling frequency.
+        device: Where the lookups are; the CPU by default.
     """
 
-    def __init__(self, whole: GroupBounds, parts: Sequence[TablePart], groups: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        whole: GroupBounds,
+        parts: Sequence[TablePart],
+        groups: Mapping[int, Tensor],
+        device: torch.device | None = None,
+    ) -> None:
         self.whole, self.parts = whole, tuple(parts)
+        self._device = device or torch.device("cpu")
         self._groups: list[Tensor] = []
         self._shift: list[int] = []
         for e, part in enumerate(self.parts):
@@ -139,13 +152,21 @@ class RowGroups:
         starts = [0]
         for groups in self._groups:
             starts.append(starts[-1] + groups.numel())
-        self._start = torch.tensor(starts[:-1])
-        self._lookup = torch.cat(self._groups)
+        device = self._device
+        self._start = torch.tensor(starts[:-1], device=device)
+        self._shifts = torch.tensor(self._shift, device=device)
+        self._lookup = torch.cat([groups.to(device) for groups in self._groups])
         self._groups = [self._lookup[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        self._base = torch.tensor([self.whole.first.get(part.table, 0) for part in self.parts])
+        self._base = torch.tensor([self.whole.first.get(part.table, 0) for part in self.parts], device=device)
         # Rows of the first run that other parts hold.
         before = [part.first_row % GRANULE for part in self.parts]
-        self._before = torch.tensor([n if shift == _SHIFT else 0 for n, shift in zip(before, self._shift, strict=True)])
+        before = [n if shift == _SHIFT else 0 for n, shift in zip(before, self._shift, strict=True)]
+        self._before = torch.tensor(before, device=device)
+
+    def carry(self, device: torch.device) -> None:
+        """Move the lookups."""
+        self._device = device
+        self._join()
 
     def has(self, table: int) -> bool:
         """Whether a table of the engine has groups."""
@@ -180,18 +201,22 @@ class RowGroups:
         self._shift[table] = 0 if present else _SHIFT
         self._join()
 
-    def of_ids(self, indices: Tensor, tables: Sequence[int], ids_per_feature: Sequence[int]) -> Tensor:
+    def of_ids(self, indices: Tensor, table: Tensor | None = None) -> Tensor:
         """Group of each id of a batch among those of all whole tables, int64 ``(N,)``; -1 for tables without groups.
 
         Args:
             indices: Ids within the parts.
-            tables: Table of the engine of each feature.
-            ids_per_feature: How many of the ids belong to each feature.
+            table: Table of the engine of each id, int64 ``(N,)``; None where it has one.
         """
-        if len(self.parts) == 1 and len(tables) == 1 and self.has(0):
+        if table is None and self.has(0):
             run = (indices.long() + self._before[0]) >> self._shift[0]
-            return self._lookup[run].long() + self._base[0]
-        table = torch.tensor(tables).repeat_interleave(torch.tensor(ids_per_feature))
-        run = (indices.long() + self._before[table]) >> torch.tensor(self._shift)[table]
-        found = self._lookup[self._start[table] + run].long()
+            return self._lookup[self._inside(run)].long() + self._base[0]
+        if table is None:
+            table = torch.zeros_like(indices, dtype=torch.int64)
+        run = (indices.long() + self._before[table]) >> self._shifts[table]
+        found = self._lookup[self._inside(self._start[table] + run)].long()
         return torch.where(found < 0, found, found + self._base[table])
+
+    def _inside(self, position: Tensor) -> Tensor:
+        """Positions in the lookup: a GPU reports ids out of range later."""
+        return position if position.device.type == "cpu" else position.clamp(0, self._lookup.numel() - 1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_embcomp.engine.attached import RowValues
+from lightning_embcomp.engine.bags import owners
+from lightning_embcomp.engine.lookups import unscaled
 from lightning_embcomp.engine.precision import MAX_WIDTH, SEARCHED, TablePrecision
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.kernels.quantize import Rounding, RoundingGradients, round_rows, round_rows_backward
+from lightning_embcomp.kernels.types import BagLayout
 from lightning_embcomp.methods.mpe.groups import RowGroups
 from lightning_embcomp.methods.mpe.state import ALL_WIDTHS, SEARCH_TENSORS, RoundingState
 
@@ -31,6 +33,8 @@ class RowQuantizer(RowValues):
         counts: Whether what it collects is to be counted: of copies of a table, one does.
     """
 
+    movable = True
+
     def __init__(
         self, engine: RoutedEmbeddings, groups: RowGroups, state: RoundingState, *, counts: bool = True
     ) -> None:
@@ -39,6 +43,23 @@ class RowQuantizer(RowValues):
         self._tables = tuple(engine.feature_tables)
         self._features = tuple(self._tables[:f].count(t) for f, t in enumerate(self._tables))
         self._dims = tuple(engine.tables[t].dim for t in self._tables)
+        self._rounds = self._by_number(engine.options.device)
+        self._engine = engine
+
+    def carry(self, device: torch.device) -> None:
+        """See :meth:`lightning_embcomp.engine.attached.TableState.carry`."""
+        self.groups.carry(device)
+        self.state.carry(device)
+        self._rounds = self._by_number(device)
+
+    def _by_number(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Features with groups and their whole tables, by the number of the feature among those of its table."""
+        found = []
+        for number in range(max(self._features) + 1):
+            mine = [f for f, n in enumerate(self._features) if n == number and self.groups.has(self._tables[f])]
+            tables = [self.groups.parts[self._tables[f]].table for f in mine]
+            found.append((torch.tensor(mine, device=device), torch.tensor(tables, device=device)))
+        return found
 
     @property
     def bits(self) -> Tensor:
@@ -50,14 +71,17 @@ class RowQuantizer(RowValues):
         """Whether widths are still to be chosen."""
         return self.state.searching
 
-    def apply(
-        self, rows: Tensor, indices: Tensor, ids_per_feature: Sequence[int], *, bags: int, training: bool
-    ) -> Tensor:
+    def apply(self, rows: Tensor, indices: Tensor, layout: BagLayout, *, bags: int, training: bool) -> Tensor:
         """See :meth:`lightning_embcomp.engine.attached.RowValues.apply`."""
         state = self.state
-        self._clear_beyond(rows, ids_per_feature)
+        feature = owners(layout.bag_start, rows.shape[0])
+        if len(set(self._dims)) > 1:
+            # Lookups of tables of different dim may leave columns beyond those of a table as they were.
+            beyond = torch.arange(rows.shape[1], device=rows.device) >= layout.width[feature].unsqueeze(1)
+            rows.detach().masked_fill_(beyond, 0.0)
+        alone = len(self.groups.parts) == 1
         rounding = Rounding(
-            group=self.groups.of_ids(indices, self._tables, ids_per_feature),
+            group=self.groups.of_ids(indices, None if alone else layout.table[feature]),
             table=state.groups.table,
             widths=state.widths,
             shares=state.shares,
@@ -66,42 +90,42 @@ class RowQuantizer(RowValues):
         )
         counting = training and torch.is_grad_enabled() and self._counts
         if counting and state.measures:
-            self._track_magnitude(rows.detach(), ids_per_feature)
+            self._track_magnitude(rows.detach(), feature)
         out: Tensor = _RoundRows.apply(rows, rounding, self if counting else None, bags)
         return out
 
-    @torch.no_grad()
-    def _clear_beyond(self, rows: Tensor, ids_per_feature: Sequence[int]) -> None:
-        """Zero columns beyond those of a table: lookups of tables of different dim may leave them as they were."""
-        for part, dim in zip(rows.detach().split(list(ids_per_feature)), self._dims, strict=True):
-            if dim < rows.shape[1]:
-                part[:, dim:] = 0.0
-
-    def _track_magnitude(self, rows: Tensor, ids_per_feature: Sequence[int]) -> None:
-        per_row = rows.abs().mean(1).split(list(ids_per_feature))
-        for e, feature, means in zip(self._tables, self._features, per_row, strict=True):
-            if means.numel() and self.groups.has(e):
-                self.state.observe_magnitude(self.groups.parts[e].table, feature, means, rows.shape[1])
+    def _track_magnitude(self, rows: Tensor, feature: Tensor) -> None:
+        per_row = rows.abs().mean(1).double()
+        sums = torch.zeros(len(self._features), 2, dtype=torch.float64, device=rows.device)
+        sums.index_add_(0, feature, torch.stack([per_row, torch.ones_like(per_row)], 1))
+        for number, (features, tables) in enumerate(self._rounds):
+            self.state.observe_magnitudes(tables, number, sums[features], rows.shape[1])
 
     def observe(self, sums: RoundingGradients, bags: int) -> None:
         """Add up the gradients of one backward pass; see :meth:`RoundingState.observe`."""
-        missing = self.state.offset.shape[1] - sums.offset.shape[1]
-        self.state.observe(replace(sums, offset=pad(sums.offset, (0, missing))) if missing else sums, bags)
+        missing, scaler = self.state.offset.shape[1] - sums.offset.shape[1], self._engine.loss_scaler
+        sums = RoundingGradients(
+            shares=unscaled(sums.shares, scaler),
+            errors=unscaled(sums.errors, scaler, power=2),
+            steps=unscaled(sums.steps, scaler),
+            offset=unscaled(pad(sums.offset, (0, missing)), scaler),
+        )
+        self.state.observe(sums, bags)
 
     def precision(self, table: int) -> TablePrecision | None:
         """See :meth:`lightning_embcomp.engine.attached.RowValues.precision`."""
         if not self.groups.has(table):
             return None
         part, state = self.groups.parts[table], self.state
-        bits = state.bits[state.groups.of_table(part.table)]
+        bits = state.bits[state.groups.of_table(part.table)].cpu()
         if bool((bits == SEARCHED).any()):
             return None
         per_row = self.groups.per_row(table)
         return TablePrecision(
             bounds=self.groups.local_bounds(table) if per_row is None else state.groups.bounds[part.table],
             bits=bits,
-            steps={width: float(step) for width, step in enumerate(state.steps[part.table]) if width},
-            offset=state.offset[part.table, part.first_column : part.first_column + part.dim],
+            steps={width: float(step) for width, step in enumerate(state.steps[part.table].tolist()) if width},
+            offset=state.offset[part.table, part.first_column : part.first_column + part.dim].cpu(),
             group=per_row,
         )
 
@@ -154,7 +178,7 @@ class RowQuantizer(RowValues):
             return None
         part = self.groups.parts[table]
         bounds, widths = self.state.groups.bounds[part.table], self.state.widths.tolist()
-        if not torch.equal(saved["bounds"], bounds):
+        if not torch.equal(saved["bounds"].cpu(), bounds):
             return (
                 f"the rows were cut into {saved['bounds'].numel() - 1} groups, now into {bounds.numel() - 1} or others:"
                 " use the saved search.groups and tables"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.engine.group import Group
-from lightning_embcomp.engine.precision import MAX_WIDTH
 from lightning_embcomp.kernels.quantize import RoundingGradients
 from lightning_embcomp.methods.mpe.config import PrecisionSearch, RowQuantization
 from lightning_embcomp.methods.mpe.exchange import share_sums, synchronise
@@ -58,8 +57,25 @@ class QuantizerTraining:
         self.group = group or Group()
         self.settings, self.search = settings, search
         self.ratio = ratio
-        self.price = _FIRST_PRICE if penalty is None else penalty
+        self._price = torch.tensor(_FIRST_PRICE if penalty is None else penalty, dtype=torch.float64)
         self.optimizers = [self._optimizer(state) for state in self.states]
+
+    @property
+    def price(self) -> float:
+        """Factor of the penalty."""
+        return float(self._price)
+
+    @price.setter
+    def price(self, price: float) -> None:
+        self._price = torch.tensor(price, dtype=torch.float64, device=self._price.device)
+
+    def _follow(self) -> None:
+        """Go with the settings to the device that they were moved to."""
+        for i, (state, optimizer) in enumerate(zip(self.states, self.optimizers, strict=True)):
+            if optimizer.param_groups[0]["params"][0] is not state.log_steps:
+                self.optimizers[i] = self._optimizer(state)
+                self.optimizers[i].load_state_dict(optimizer.state_dict())
+        self._price = self._price.to(self.states[0].device)
 
     def _optimizer(self, state: RoundingState) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [{"params": [state.log_steps], "lr": self.settings.learning_rate}]
@@ -71,6 +87,7 @@ class QuantizerTraining:
 
     def step(self) -> None:
         """Move the settings by the gradients of the last optimizer step; all processes call it together."""
+        self._follow()
         if self.group.size > 1:
             share_sums(self.states, self.group)
         for state, optimizer in zip(self.states, self.optimizers, strict=True):
@@ -86,19 +103,18 @@ class QuantizerTraining:
             if state.searching:
                 state.refresh_shares()
         if self.ratio is not None and self.search.method == "softmax" and self.searching:
-            excess = self.average_bits() * self.ratio / _FLOAT_BITS - 1
-            self.price *= 1 + _PRICE_RATE * max(-1.0, min(1.0, excess))
+            excess = self.expected_bits() * self.ratio / _FLOAT_BITS - 1
+            self._price = self._price * (1 + _PRICE_RATE * excess.clamp(-1.0, 1.0))
 
     def _set_gradients(self, state: RoundingState, sums: RoundingGradients) -> None:
         by_step = torch.zeros_like(state.log_steps)
-        rounded = state.widths <= MAX_WIDTH
-        by_step[:, state.widths[rounded]] = sums.steps[:, rounded]
+        by_step.index_copy_(1, state.widths[state.rounded], sums.steps[:, state.rounded])
         state.log_steps.grad = by_step * state.log_steps.exp()
         if state.trains_offset:
             state.offset.grad = sums.offset
         if state.searching:
             pressure = penalty_gradient(state.widths, state.groups.sizes(), state.counts)
-            by_share = sums.shares + self.price * pressure
+            by_share = sums.shares + self._price * pressure
             state.logits.grad = softmax_gradient(state.shares, by_share, self.search.temperature)
 
     @property
@@ -108,12 +124,15 @@ class QuantizerTraining:
 
     def average_bits(self) -> float:
         """Bits per value: chosen, or expected by the shares while they are searched."""
-        bits = values = 0.0
-        for state in self.states:
-            size = group_values(state).double()
-            bits += float((state.shares.double() @ state.widths.double() * size).sum())
-            values += float(size.sum())
-        return bits / values
+        return float(self.expected_bits())
+
+    def expected_bits(self) -> Tensor:
+        """:meth:`average_bits` as a float64 scalar on the device, for which the host does not wait."""
+        sizes = [state.group_values.double() for state in self.states]
+        bits = [
+            (s.shares.double() @ s.widths.double() * size).sum() for s, size in zip(self.states, sizes, strict=True)
+        ]
+        return torch.stack(bits).sum() / torch.stack([size.sum() for size in sizes]).sum()
 
     def choose(self) -> list[Tensor]:
         """Width of every group by what the search has found, uint8 per collection; the same on all processes.
@@ -126,10 +145,10 @@ class QuantizerTraining:
 
     def _choose(self) -> list[Tensor]:
         if self.ratio is None:
-            choice = [largest_likely_width(state.shares, state.widths) for state in self.states]
-            return [s.widths[index].to(torch.uint8) for s, index in zip(self.states, choice, strict=True)]
-        widths = self.states[0].widths
-        size = torch.cat([group_values(state) for state in self.states]).unsqueeze(1) * widths
+            choice = [largest_likely_width(state.shares.cpu(), state.widths.cpu()) for state in self.states]
+            return [s.widths.cpu()[index].to(torch.uint8) for s, index in zip(self.states, choice, strict=True)]
+        widths = self.states[0].widths.cpu()
+        size = torch.cat([state.group_values.cpu() for state in self.states]).unsqueeze(1) * widths
         budget = float(size.sum(0)[-1]) / int(widths[-1]) * _FLOAT_BITS / self.ratio
         try:
             index = cheapest_widths(torch.cat([self._cost(state) for state in self.states]), size, budget)
@@ -143,8 +162,8 @@ class QuantizerTraining:
 
     def _cost(self, state: RoundingState) -> Tensor:
         if self.search.method == "softmax":
-            return -state.logits.double()
-        return state.error
+            return -state.logits.double().cpu()
+        return state.error.cpu()
 
     def settle(self, bits: Sequence[Tensor]) -> None:
         """Give every group its width, with steps that suit the rows."""
@@ -157,6 +176,7 @@ class QuantizerTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """State of Adam and the penalty; settings are saved with the tables."""
+        self._follow()
         return {"price": self.price, "adam": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def synchronise(self) -> None:
@@ -173,9 +193,3 @@ class QuantizerTraining:
         self.optimizers = [self._optimizer(rounding) for rounding in self.states]
         for optimizer, saved in zip(self.optimizers, state["adam"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-def group_values(state: RoundingState) -> Tensor:
-    """Values (rows times columns) of every group, int64 ``(G,)``."""
-    dims = torch.tensor(state.dims)[state.groups.table]
-    return state.groups.sizes() * dims
