@@ -140,8 +140,9 @@ def make(method: str, level: int, task: Task, scale: float = 1.0) -> Case:
     case = Case(model=model, extra_epochs=task.search if method in SEARCHES else 0)
     budget = task.training // level
     if method in ("hashing", "qr"):
-        fold = hashed if method == "hashing" else quotient_remainder
-        folds = fold(task.rows, budget // (ROW_WEIGHTS + ROW_STATE))
+        total = budget // (ROW_WEIGHTS + ROW_STATE)
+        whole = [index for index, feature in enumerate(task.features) if feature["multi_valued"]]
+        folds = hashed(task.rows, total) if method == "hashing" else quotient_remainder(task.rows, total, whole)
         _put_in(model, FoldedBags(task.features, folds, DIM, model.embedding_lr))
     elif method == "fp16":
         _put_in(model, HalfBags(task.features, DIM, model.embedding_lr))

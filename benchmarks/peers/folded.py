@@ -61,8 +61,13 @@ def hashed(rows: Sequence[int], total: int) -> list[Fold]:
     return [Fold(slots=min(r, low)) for r in rows]
 
 
-def quotient_remainder(rows: Sequence[int], total: int) -> list[Fold]:
+def quotient_remainder(rows: Sequence[int], total: int, whole: Sequence[int] = ()) -> list[Fold]:
     """Let as few ids as possible share a remainder, the same number in all tables where that saves rows.
+
+    Args:
+        rows: Of each table.
+        total: Rows of all folded tables together.
+        whole: Tables that stay as they are: those of multi-valued features, see :class:`FoldedBags`.
 
     Raises:
         Unreachable: If the roots of the table sizes are too much.
@@ -71,13 +76,17 @@ def quotient_remainder(rows: Sequence[int], total: int) -> list[Fold]:
         >>> quotient_remainder([4, 100], 30)
         [Fold(slots=4, quotients=0), Fold(slots=20, quotients=5)]
     """
+
+    def folded(sharing: int) -> list[Fold]:
+        return [Fold(slots=r) if table in whole else _folded(r, sharing) for table, r in enumerate(rows)]
+
     largest = isqrt(max(rows) - 1) + 1
     low, high = 1, largest
     while low < high:
         middle = (low + high) // 2
-        fits = sum(_folded(r, middle).rows for r in rows) <= total
+        fits = sum(fold.rows for fold in folded(middle)) <= total
         low, high = (low, middle) if fits else (middle + 1, high)
-    folds = [_folded(r, low) for r in rows]
+    folds = folded(low)
     if sum(fold.rows for fold in folds) > total:
         raise Unreachable(f"quotients and remainders of {list(rows)} rows need more than {total} rows")
     return folds

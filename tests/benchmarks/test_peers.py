@@ -28,6 +28,10 @@ def numbered(module: nn.Module) -> list[torch.Tensor]:
     return tables
 
 
+def test_multi_valued_features_keep_whole_tables() -> None:
+    assert quotient_remainder([100, 100], 120, whole=[0]) == [Fold(slots=100), Fold(slots=10, quotients=10)]
+
+
 def test_hashed_ids_share_rows_by_their_remainder() -> None:
     bags = FoldedBags(FEATURES, [Fold(slots=5), Fold(slots=4)], dim=4, lr=0.1)
     numbered(bags)
