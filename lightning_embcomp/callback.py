@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -15,10 +16,12 @@ from lightning_embcomp.averaging import AVERAGING
 from lightning_embcomp.composition import STAGES, Property
 from lightning_embcomp.deferred import deferred_tables
 from lightning_embcomp.engine.host import EngineHost, HeldTable
+from lightning_embcomp.engine.placement import RowPlacement
 from lightning_embcomp.engine.row_class import TrainedRows
 from lightning_embcomp.errors import NonFiniteLossError, SetupError
 from lightning_embcomp.evaluation_guard import PlainEvaluation, plain_evaluation
 from lightning_embcomp.installation import Cuts, install, sharding_strategy, sources
+from lightning_embcomp.kernels.route.watch import check, report_later
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.surgery import fill
 from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
@@ -45,6 +48,12 @@ class CompressionCallback(pl.Callback):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """Types of device that the method runs on."""
+
+    sharded_devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """Types of device that it runs on where tables are spread over processes."""
+
+    row_placement = RowPlacement()
+    """Where the rows of the tables live on a GPU."""
 
     changes_values: ClassVar[bool] = True
     """Whether a model that was not trained with the callback would predict something else under it."""
@@ -90,7 +99,7 @@ class CompressionCallback(pl.Callback):
                 " (devices=1)"
             )
         device = trainer.strategy.root_device
-        if device.type not in self.devices or (strategy is not None and device.type != "cpu"):
+        if device.type not in (self.devices if strategy is None else self.sharded_devices):
             where = ", ".join(self.devices) if strategy is None else "cpu where tables are sharded"
             raise SetupError(
                 f"{self.state_key}: runs on {where} so far, not on {device}. Use Trainer(accelerator='cpu')"
@@ -138,6 +147,7 @@ class CompressionCallback(pl.Callback):
         if any(table.host.options.optimizer is not None for table in self.owned):
             check_fused_settings(trainer, self.state_key)
         check_trained(trainer, pl_module, self.owned, self.state_key)
+        self._scaled_by(getattr(trainer.precision_plugin, "scaler", None))
         present = {id(module) for module in pl_module.modules()}
         for table in self.owned:
             if id(table.host) not in present:
@@ -151,6 +161,10 @@ class CompressionCallback(pl.Callback):
                     f"{self.state_key}: table {view.name!r} was built after setup, in configure_model, while others"
                     " are built in __init__: build all of them in one place"
                 )
+
+    def _scaled_by(self, scaler: torch.amp.GradScaler | None) -> None:
+        for engine in (engine for table in self.owned for engine in table.host.engines):
+            engine.loss_scaler = scaler
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to measure a plain model that was compressed for it; in a fit there is none."""
@@ -187,12 +201,31 @@ class CompressionCallback(pl.Callback):
         return {**kept, "owned": []}
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Stop before a non-finite loss reaches tables that are updated in the backward pass."""
-        if not bool(torch.isfinite(loss.detach()).all()):
+        """Stop before a non-finite loss reaches tables that are updated in the backward pass.
+
+        Asking a GPU would make the host wait in every step: there, a lookup of a later step raises.
+        """
+        loss = loss.detach()
+        if loss.device.type == "cuda":
+            report_later(
+                torch.isfinite(loss).logical_not().sum().view(1), partial(_raise_for_loss, loss, trainer.global_step)
+            )
+        elif not bool(torch.isfinite(loss).all()):
             raise NonFiniteLossError(
-                f"the loss is {loss.detach().item()} at step {trainer.global_step}; the tables are unchanged. Lower the"
+                f"the loss is {loss.item()} at step {trainer.global_step}; the tables are unchanged. Lower the"
                 " learning rate, or look for bad values in the batch"
             )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for what a GPU has not reported yet; gradients are measured as they are from now on."""
+        self._scaled_by(None)
+        _wait_for_reports(trainer.strategy.root_device)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save no checkpoint of tables that a GPU has yet to report as lost."""
+        _wait_for_reports(trainer.strategy.root_device)
 
     def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
         """What the method keeps of its tables in training, from its settings alone, for sharding plans.
@@ -308,3 +341,16 @@ def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list
         for t, table in enumerate(host.tables)
         if table.name in wanted
     ]
+
+
+def _wait_for_reports(device: torch.device) -> None:
+    if device.type == "cuda":
+        check(device, wait=True)
+
+
+def _raise_for_loss(loss: Tensor, step: int, wrong: int) -> None:
+    if wrong:
+        raise NonFiniteLossError(
+            f"the loss was {loss.item()} at step {step}, and the tables have been updated with its gradients since:"
+            " go on from a checkpoint before that step. Lower the learning rate, or look for bad values in the batch"
+        )

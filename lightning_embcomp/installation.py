@@ -14,6 +14,7 @@ from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, Shard
 from lightning_embcomp.composition import Ownership
 from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.layout import LANES, ChunkLayout
+from lightning_embcomp.engine.placement import RowPlacement
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.sharded.collection import RoutedBagsSharder
 from lightning_embcomp.errors import SetupError
@@ -72,6 +73,7 @@ def install(
         SetupError: If a table cannot be replaced.
     """
     cuts: dict[str, tuple[int, ChunkLayout]] = {}
+    placed: dict[str, tuple[str, RowPlacement]] = {}
     claimed: set[str] = set()
     ownership = Ownership()
     for callback in callbacks:
@@ -81,6 +83,7 @@ def install(
         claimed.update(names)
         if callback.owns == "width":
             cuts.update(callback.table_cuts(selected))
+            placed.update(dict.fromkeys(names, (callback.state_key, callback.row_placement)))
     wanted = []
     for host in hosts:
         if isinstance(host.module, EngineHost):
@@ -96,12 +99,26 @@ def install(
     strategy = sharding_strategy(trainer)
     if strategy is None:
         for host in wanted:
-            replace(pl_module, host.path, build_host(host, cuts, pl_module.device))
+            replace(pl_module, host.path, build_host(host, cuts, pl_module.device, _placement(host, placed)))
     elif wanted:
         wanted = [host for host in wanted if any(table.name in claimed for table in host.tables)]
-        _shard(trainer, strategy, pl_module, wanted, callbacks, cuts)
+        _shard(trainer, strategy, pl_module, wanted, callbacks, cuts, placed)
     for host in wanted:
         _start(pl_module.get_submodule(host.path), host, cuts)
+
+
+def _placement(host: HostView, placed: Mapping[str, tuple[str, RowPlacement]]) -> RowPlacement:
+    """Where the rows of a collection live: its tables share row classes, and thus one placement."""
+    asked = {table.name: placed[table.name] for table in host.tables if table.name in placed}
+    first = next(iter(asked), None)
+    for table, (owner, placement) in asked.items():
+        if first is not None and placement != asked[first][1]:
+            raise SetupError(
+                f"tables {first!r} and {table!r} are of one collection, but {asked[first][0]} wants its rows in"
+                f" {asked[first][1].kind!r} and {owner} in {placement.kind!r} memory: give both the same placement and"
+                " cache, or put the tables into collections of their own"
+            )
+    return RowPlacement() if first is None else asked[first][1]
 
 
 def _warn_of_plain(hosts: Sequence[HostView], callbacks: Sequence[FootprintCallback]) -> None:
@@ -121,9 +138,11 @@ def _shard(
     hosts: Sequence[HostView],
     callbacks: Sequence[FootprintCallback],
     cuts: Cuts,
+    placed: Mapping[str, tuple[str, RowPlacement]],
 ) -> None:
     """Have collections sharded into engines, by a plan that knows how small their tables will be."""
-    specs = {host.path: sharded_spec(host, cuts, trainer.strategy.root_device) for host in hosts}
+    device = trainer.strategy.root_device
+    specs = {host.path: sharded_spec(host, cuts, device, _placement(host, placed)) for host in hosts}
     planner = None
     if strategy.planner is None:
         planner = partial(CompressionAwarePlanner, footprints=callback_footprints(find_hosts(pl_module), callbacks))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 
@@ -23,6 +23,7 @@ from lightning_embcomp.engine.hosts import (
 )
 from lightning_embcomp.engine.layout import PLAIN_TABLE, ChunkLayout, LogicalTable
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
+from lightning_embcomp.engine.placement import RowPlacement, check_placement
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.sharded.collection import ShardedRoutedBags, ShardedSpec
@@ -36,13 +37,19 @@ class UnsupportedTableError(ValueError):
     """A table uses a feature that the engine does not have."""
 
 
-def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], device: torch.device) -> RoutedHost:
+def build_host(
+    host: HostView,
+    cuts: Mapping[str, tuple[int, ChunkLayout]],
+    device: torch.device,
+    placement: RowPlacement | None = None,
+) -> RoutedHost:
     """Make the routed stand-in of an embedding module; it has no storage yet.
 
     Args:
         host: The module to replace.
         cuts: Chunks and layout by unique table name; tables that are not listed stay whole.
         device: Device of the tables.
+        placement: Where their rows live on a GPU; on the device by default.
 
     Returns:
         A module with the interface of the one it replaces.
@@ -53,7 +60,7 @@ def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], devi
         ValueError: If a table cannot be cut that way.
     """
     module = host.module
-    logical, options = _stored(host, cuts, device)
+    logical, options = _stored(host, cuts, device, placement)
     feature_tables = [t for t, table in enumerate(host.tables) for _ in (table.features or ("",))]
     mean = [host.tables[t].mean for t in feature_tables]
     engine = RoutedEmbeddings(logical, feature_tables, mean, options)
@@ -69,7 +76,12 @@ def build_host(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], devi
     return RoutedEmbedding(engine, padding_idx=module.padding_idx)
 
 
-def sharded_spec(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], device: torch.device) -> ShardedSpec:
+def sharded_spec(
+    host: HostView,
+    cuts: Mapping[str, tuple[int, ChunkLayout]],
+    device: torch.device,
+    placement: RowPlacement | None = None,
+) -> ShardedSpec:
     """Say how a collection is to be stored that TorchRec shards; arguments and errors as in :func:`build_host`.
 
     Raises:
@@ -82,7 +94,15 @@ def sharded_spec(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], de
             " shards, only EmbeddingBagCollection and FusedEmbeddingBagCollection can be compressed. Leave it out of"
             " the callback (tables), or train with one process (strategy='auto')"
         )
-    logical, options = _stored(host, cuts, device)
+    for config in cast(EmbeddingBagCollection, host.module).embedding_bag_configs():
+        if config.data_type not in (DataType.FP32, DataType.FP16):
+            raise UnsupportedTableError(
+                f"table {config.name!r} has data_type={config.data_type.name}, but rows of compressed tables hold FP32"
+                " or FP16: an INT8 row has one scale for all of its columns, which rows that gain and lose columns"
+                " cannot keep, and other types have no kernels. Use one of the two, or put the table into a collection"
+                " of its own and leave it out of the callback"
+            )
+    logical, options = _stored(host, cuts, device, placement)
     if options.optimizer is None:
         raise UnsupportedTableError(
             f"table {host.tables[0].name!r} is trained by an optimizer of configure_optimizers, whose state cannot"
@@ -93,12 +113,19 @@ def sharded_spec(host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], de
 
 
 def _stored(
-    host: HostView, cuts: Mapping[str, tuple[int, ChunkLayout]], device: torch.device
+    host: HostView,
+    cuts: Mapping[str, tuple[int, ChunkLayout]],
+    device: torch.device,
+    placement: RowPlacement | None,
 ) -> tuple[list[LogicalTable], RoutedOptions]:
     logical = [_logical(table, cuts) for table in host.tables]
     _check_supported(host)
     sparse = bool(getattr(host.module, "sparse", False))
-    return logical, RoutedOptions(optimizer=_optimizer(host), dtype=_dtype(host), device=device, sparse=sparse)
+    optimizer, placement = _optimizer(host), placement or RowPlacement()
+    check_placement(placement, optimizer, f"table {host.tables[0].name!r}")
+    return logical, RoutedOptions(
+        optimizer=optimizer, dtype=_dtype(host), device=device, sparse=sparse, placement=placement
+    )
 
 
 def fill(routed: EngineHost, table: int, host: HostView) -> None:
@@ -142,7 +169,8 @@ def _initialise(shard: TableShard, init: Callable[[Tensor], Any], seed: int, *, 
         shard.engine.initialise(shard.index, init)
         return
     # Copies of rows draw the same numbers, other parts others; the state of the generator stays equal everywhere.
-    with torch.random.fork_rng(devices=[]):
+    device = shard.engine.options.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed = hash((seed, part.number, part.first_column, *([again] if again else [])))
         torch.manual_seed(seed & 0x7FFFFFFF)
         shard.engine.initialise(shard.index, init)

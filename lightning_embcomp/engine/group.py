@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,8 +28,13 @@ class Group:
         """Tensors of one shape of all processes, stacked by rank."""
         return tensor.unsqueeze(0)
 
-    def gather_uneven(self, tensor: Tensor) -> list[Tensor]:
-        """Tensors of all processes that may differ in their first dimension, by rank."""
+    def gather_uneven(self, tensor: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """Tensors of all processes that may differ in their first dimension, by rank.
+
+        Args:
+            tensor: That of this process.
+            sizes: First dimensions by rank where they are known; otherwise the host waits for them.
+        """
         return [tensor]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
@@ -38,6 +45,9 @@ class Group:
 class ProcessGroup(Group):
     """Processes that communicate; all of them must make the same calls in the same order.
 
+    Tensors may be on any device: those that the processes cannot exchange where they are, such as host memory over
+    NCCL, travel through the device of the process.
+
     Args:
         group: PyTorch's process group.
     """
@@ -46,26 +56,45 @@ class ProcessGroup(Group):
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self._device_types = device_types(group)
+
+    def _exchangeable(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type in self._device_types:
+            return tensor
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See :meth:`Group.sum`."""
-        dist.all_reduce(tensor, group=self._group)
-        return tensor
+        sent = self._exchangeable(tensor)
+        dist.all_reduce(sent, group=self._group)
+        return tensor if sent is tensor else tensor.copy_(sent)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """See :meth:`Group.gather`."""
-        found = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(found.unbind()), tensor.contiguous(), group=self._group)
-        return found
+        sent = self._exchangeable(tensor).contiguous()
+        found = sent.new_empty(self.size, *sent.shape)
+        dist.all_gather(list(found.unbind()), sent, group=self._group)
+        return found.to(tensor.device)
 
-    def gather_uneven(self, tensor: Tensor) -> list[Tensor]:
+    def gather_uneven(self, tensor: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
         """See :meth:`Group.gather_uneven`."""
-        sizes = self.gather(torch.tensor([tensor.shape[0]], device=tensor.device)).flatten().tolist()
+        if sizes is None:
+            sizes = self.gather(torch.tensor([tensor.shape[0]], device=tensor.device)).flatten().tolist()
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor
         return [part[:size] for part, size in zip(self.gather(padded), sizes, strict=True)]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """See :meth:`Group.broadcast`."""
-        dist.broadcast(tensor, group_src=source, group=self._group)
-        return tensor
+        sent = self._exchangeable(tensor)
+        dist.broadcast(sent, group_src=source, group=self._group)
+        return tensor if sent is tensor else tensor.copy_(sent)
+
+
+def device_types(group: dist.ProcessGroup | None = None) -> set[str]:
+    """Types of device whose tensors some processes can exchange: gloo takes host memory too, NCCL does not.
+
+    Args:
+        group: PyTorch's process group; all processes by default.
+    """
+    return {pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")}

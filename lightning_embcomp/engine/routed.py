@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,20 +13,24 @@ from lightning_embcomp.engine import state
 from lightning_embcomp.engine.attached import RowValues, TableState
 from lightning_embcomp.engine.bag_layout import FeatureShapes, pooled_layout
 from lightning_embcomp.engine.bags import pool_rows
+from lightning_embcomp.engine.cached_rows import CachedRows, fused_rows
 from lightning_embcomp.engine.devices import carry, target_of
 from lightning_embcomp.engine.extent import check_extent
 from lightning_embcomp.engine.interrupts import interrupts_held
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable, row_numbers
 from lightning_embcomp.engine.lookups import AssembleClasses, Call, DirectLookup, ScaleRowGradients
 from lightning_embcomp.engine.optimizer import FusedOptimizerSpec, UnsupportedOptimizerError
-from lightning_embcomp.engine.optimizer_state import UnmovableStateError, attach, detach
+from lightning_embcomp.engine.optimizer_state import UnmovableStateError
+from lightning_embcomp.engine.placement import RowPlacement, check_placement
 from lightning_embcomp.engine.plan import MoveSummary, RowPlan, WithoutZeroWidths
 from lightning_embcomp.engine.precision import TablePrecision
 from lightning_embcomp.engine.rates import RowCounting
 from lightning_embcomp.engine.relocation import relocate
 from lightning_embcomp.engine.router import Router
+from lightning_embcomp.engine.row_access import RowAccess
 from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, TrainedRows
 from lightning_embcomp.engine.statistics import RowUtility
+from lightning_embcomp.kernels.graphs import capturing
 from lightning_embcomp.kernels.route import IdOutOfRangeError, route
 from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
 from lightning_embcomp.kernels.update import UpdateRule
@@ -41,19 +45,22 @@ class RoutedOptions:
         dtype: Weight dtype, float32 or float16.
         device: Device of the tables.
         sparse: Whether gradients for the user's own optimizer are sparse.
+        placement: Where rows with a fused optimizer live on a GPU.
     """
 
     optimizer: FusedOptimizerSpec | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     sparse: bool = False
+    placement: RowPlacement = field(default_factory=RowPlacement)
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float16):
             raise ValueError(f"row classes hold float32 or float16 weights, not {self.dtype}")
+        check_placement(self.placement, self.optimizer, "this engine")
 
 
-class RoutedEmbeddings(nn.Module):
+class RoutedEmbeddings(RowAccess, nn.Module):
     """Several logical tables behind one lookup with the call signature of FBGEMM's training tables.
 
     ``forward(indices, offsets, per_sample_weights)`` takes the ids of all features, feature by feature, and returns
@@ -106,6 +113,7 @@ class RoutedEmbeddings(nn.Module):
         self.whole_norms: Callable[[], Tensor | None] | None = None  # of gradients that it sees some columns of
         dims = tuple(self.tables[t].dim for t in self.feature_tables)
         self.features = FeatureShapes(self.feature_tables, dims, self.mean, self.options.device)
+        self.loss_scaler: torch.amp.GradScaler | None = None  # of the trainer, while it multiplies the loss
         self.moves = 0
         self.damaged = False
         self.rate_power: float | None = None
@@ -113,7 +121,7 @@ class RoutedEmbeddings(nn.Module):
     def _new_class(self, width: int) -> RowClass:
         options = self.options
         if options.optimizer is not None:
-            return FusedRows(width, options.optimizer, options.dtype, options.device)
+            return fused_rows(width, options.optimizer, options.dtype, options.device, options.placement)
         return TrainedRows(width, sparse=options.sparse, dtype=options.dtype, device=options.device)
 
     @property
@@ -143,9 +151,9 @@ class RoutedEmbeddings(nn.Module):
         if self.values is None:
             return self._lookup(indices, offsets, per_sample_weights, layout)
         offsets = check_extent(indices, offsets, per_sample_weights)
-        ids_per_feature = offsets[layout.bag_start].diff().tolist()
-        rows = self._lookup_values(indices, ids_per_feature, bags=layout.shape[0])
-        return pool_rows(rows, offsets, per_sample_weights, layout)
+        single = self.features.single_rows(layout, offsets, indices.numel())
+        rows = self._lookup_values(indices, single, bags=layout.shape[0])
+        return pool_rows(rows, offsets, per_sample_weights, layout, self.features)
 
     def lookup_rows(self, indices: Tensor, ids_per_feature: Sequence[int]) -> Tensor:
         """Look single rows up, unpooled; all features must have the same dim.
@@ -160,21 +168,26 @@ class RoutedEmbeddings(nn.Module):
         dims = {self.tables[t].dim for t in self.feature_tables}
         if len(dims) != 1:
             raise ValueError(f"unpooled lookups need one dim for all tables, not {sorted(dims)}")
-        return self._lookup_values(indices, ids_per_feature, bags=max(ids_per_feature))
+        return self._lookup_values(indices, self.features.sequence(ids_per_feature), bags=max(ids_per_feature))
 
-    def _lookup_values(self, indices: Tensor, ids_per_feature: Sequence[int], bags: int) -> Tensor:
+    def _lookup_values(self, indices: Tensor, layout: BagLayout, bags: int) -> Tensor:
         """Single rows ``(N, largest D)`` as they are used: rounded, if rows are."""
         offsets = torch.arange(indices.numel() + 1, device=indices.device)
-        rows = self._lookup(indices, offsets, None, self.features.sequence(ids_per_feature))
+        rows = self._lookup(indices, offsets, None, layout)
         if self.values is None:
             return rows
-        return self.values.apply(rows, indices, ids_per_feature, bags=bags, training=self.training)
+        return self.values.apply(rows, indices, layout, bags=bags, training=self.training)
 
     def _lookup(self, indices: Tensor, offsets: Tensor, weights: Tensor | None, layout: BagLayout) -> Tensor:
         if torch.is_inference_mode_enabled():
             # FBGEMM registers its CPU training kernels for autograd only, which inference mode bypasses.
             with torch.inference_mode(False), torch.no_grad():
                 return self._lookup(indices, offsets, weights, layout)
+        if capturing(indices.device):
+            raise RuntimeError(
+                "tables that train cannot be part of a CUDA graph: rows move, and rates and steps change while it would"
+                " repeat what was captured. Capture the layers around them, or an exported model"
+            )
         for name, tensor in (("ids", indices), ("offsets", offsets)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
@@ -191,6 +204,11 @@ class RoutedEmbeddings(nn.Module):
                 found: Tensor = DirectLookup.apply(call, rules, anchor)
                 return found
             if self.counting.rates and self.options.optimizer is not None and training:
+                if self.options.placement.kind == "managed_caching":
+                    raise UnsupportedOptimizerError(
+                        "rows with step sizes of their own cannot be trained with placement='managed_caching', where"
+                        " FBGEMM updates them: use placement='managed'"
+                    )
                 raise UnsupportedOptimizerError(
                     "rows with step sizes of their own cannot be looked up with per-sample weights that are trained:"
                     " detach the weights, or train the tables from configure_optimizers"
@@ -300,83 +318,6 @@ class RoutedEmbeddings(nn.Module):
         """How the rows of a table are rounded; None if they are not."""
         return None if self.values is None else self.values.precision(table)
 
-    def class_span(self, table: int, row_class: int) -> tuple[int, int]:
-        """First slot and slot after the last of a table's rows in a class."""
-        first = int(self.table_rows[:table, row_class].sum())
-        return first, first + int(self.table_rows[table, row_class])
-
-    @torch.no_grad()
-    def load_rows(self, table: int, start: int, values: Tensor) -> None:
-        """Set consecutive logical rows from full-width values; columns without storage are ignored.
-
-        Args:
-            table: Table index.
-            start: First row, a multiple of 64.
-            values: ``(n, D)``.
-        """
-        codes, slots = self.router.read(table, start, start + values.shape[0])
-        for mine, storage, spans in self._stored(table, codes):
-            kept = torch.cat([values[mine][:, first : first + n] for first, n in spans], 1)
-            storage[slots[mine].long()] = kept.to(storage.dtype)
-
-    @torch.no_grad()
-    def read_rows(self, table: int, start: int, stop: int) -> Tensor:
-        """Full-width values of consecutive logical rows; columns without storage are zero.
-
-        Args:
-            table: Table index.
-            start: First row, a multiple of 64.
-            stop: Row after the last.
-
-        Returns:
-            Tensor of shape ``(stop - start, D)`` in the dtype of the classes.
-        """
-        codes, slots = self.router.read(table, start, stop)
-        values = torch.zeros(stop - start, self.tables[table].dim, dtype=self.options.dtype, device=codes.device)
-        for mine, storage, spans in self._stored(table, codes):
-            rows, stored = storage[slots[mine].long()], 0
-            for first, n in spans:
-                values[mine, first : first + n] = rows[:, stored : stored + n]
-                stored += n
-        return values
-
-    def _stored(self, table: int, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Sequence[tuple[int, int]]]]:
-        """Rows of each code that has any: their positions, the weights of their class, the columns that they store."""
-        for code in range(1, self.tables[table].codes):
-            mine = (codes == code).nonzero().flatten()
-            if mine.numel():
-                storage = self.classes[self.class_map.class_of_code[table][code]].storages()[WEIGHT].tensor
-                yield mine, storage, self.tables[table].columns_of(code)
-
-    @torch.no_grad()
-    def initialise(self, table: int, init: Callable[[Tensor], Any]) -> None:
-        """Fill the live weights of a table, class by class, with an in-place initialiser that ignores shape."""
-        for c, rows in enumerate(self.classes):
-            first, last = self.class_span(table, c)
-            if last > first:
-                init(rows.storages()[WEIGHT].tensor[first:last])
-
-    @torch.no_grad()
-    def clear_row_state(self, table: int | None = None, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
-        """Zero the optimizer state of the rows of a table, or of all rows.
-
-        Args:
-            table: Table index; None for all tables.
-            optimizers: The user's optimizers, which hold state of rows that are not fused.
-        """
-        trained = [rows for rows in self.classes if isinstance(rows, TrainedRows)]
-        if table is None:  # counts of steps start anew as well
-            for optimizer in optimizers:
-                for rows in trained:
-                    optimizer.state.pop(rows.parameter, None)
-        attach(trained, optimizers)
-        for c, row_class in enumerate(self.classes):
-            first, last = (0, row_class.rows) if table is None else self.class_span(table, c)
-            for name, storage in row_class.storages().items():
-                if name != WEIGHT:
-                    storage.tensor[first:last].zero_()
-        detach(trained, optimizers)
-
     # FBGEMM's own names, so that callers written for its training tables find what they expect.
 
     def split_embedding_weights(self) -> list[Tensor]:
@@ -420,7 +361,10 @@ class RoutedEmbeddings(nn.Module):
                 rows.set_learning_rate(rows.learning_rate)
 
     def flush(self) -> None:
-        """Nothing is cached outside the tables."""
+        """Write rows back that are cached on a device; elsewhere nothing is cached outside the tables."""
+        for rows in self.classes:
+            if isinstance(rows, CachedRows):
+                rows.flush()
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:  # noqa: ANN401 - PyTorch's signature
         target = target_of(fn, self.options.device)

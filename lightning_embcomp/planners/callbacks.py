@@ -7,6 +7,7 @@ from typing import Protocol
 
 from lightning_embcomp.composition import Property
 from lightning_embcomp.engine.layout import ChunkLayout
+from lightning_embcomp.engine.placement import RowPlacement
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.planners.router import in_engine
 from lightning_embcomp.tables import HostView, TableView, select_tables
@@ -24,6 +25,10 @@ class FootprintCallback(Protocol):
     @property
     def state_key(self) -> str:
         """Name for messages."""
+
+    @property
+    def row_placement(self) -> RowPlacement:
+        """Where the rows of its tables live on a GPU."""
 
     def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
         """What the method keeps of its tables, without the router."""

@@ -84,9 +84,19 @@ class CompressedEnumerator(EmbeddingEnumerator):
         if found and unknown:
             raise PlannerError(
                 f"there is a footprint for {unknown[0]!r}, but the tables are {', '.join(reasons)}",
-                PlannerErrorType.INPUT_VALIDATION,
+                PlannerErrorType.OTHER,
             )
         return [option for name, options in kept.items() for option in self._faithful(name, options)]
+
+    # TorchRec's order is that of a set of strings, which changes from run to run: so would plans among equals.
+
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: str) -> list[str]:
+        found = super()._filter_sharding_types(name, allowed_sharding_types, *args)
+        return [kind for kind in allowed_sharding_types if kind in found]
+
+    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], *args: str) -> list[str]:
+        found = super()._filter_compute_kernels(name, allowed_compute_kernels, *args)
+        return [kernel for kernel in allowed_compute_kernels if kernel in found]
 
     def _footprint(self, name: str) -> TableFootprint:
         return self._footprints.get(name, TableFootprint())

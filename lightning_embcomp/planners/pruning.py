@@ -44,14 +44,14 @@ class PrunedTable:
         """Read a table of a model, with an optimizer that ``apply_optimizer_in_backward`` gave it."""
         itemsize = table.weight.element_size() if isinstance(table.weight, Tensor) else 4
         fused = in_backward_optimizer(table.weight)
-        kind = None if fused is None else FusedOptimizerSpec.from_torch(fused[0], {}, table.name).kind
+        spec = None if fused is None else FusedOptimizerSpec.from_torch(fused[0], {}, table.name)
         return cls(
             name=table.name,
             rows=table.rows,
             dim=table.dim,
             itemsize=itemsize,
-            row_state=4 if kind == "rowwise_adagrad" else 0,
-            weight_state=4 if kind == "adagrad" else 0,
+            row_state=0 if spec is None else 4 * spec.per_row,
+            weight_state=0 if spec is None else 4 * spec.per_weight,
             chunks=chunks,
         )
 

@@ -112,8 +112,8 @@ def _state_numbers(
 ) -> float:
     if optimizer is None:
         return 0.0
-    kind = FusedOptimizerSpec.from_torch(optimizer, {}, table).kind
-    return {"sgd": 0.0, "rowwise_adagrad": stored_rows, "adagrad": weights}[kind]
+    spec = FusedOptimizerSpec.from_torch(optimizer, {}, table)
+    return spec.per_row * stored_rows + spec.per_weight * weights
 
 
 def _plain_bytes(option: ShardingOption) -> list[int]:

@@ -13,7 +13,8 @@ from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from lightning_embcomp.methods.dct.codecs import PooledThresholding, comm_codecs
+from lightning_embcomp.methods.dct.codecs import CodecRegistry, PooledThresholding, comm_codecs
+from lightning_embcomp.strategies.errors import ShardingError
 
 SHARDING_TYPES = tuple(kind.value for kind in ShardingType)
 COLUMN_WISE = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value)
@@ -113,6 +114,32 @@ def read_codecs(
     if isinstance(codecs, PooledThresholding):
         return comm_codecs(codecs)
     return codecs if isinstance(codecs, dict) else dict(codecs)
+
+
+def check_earlier_codecs(asked: Mapping[str, QuantizedCommCodecs] | None, earlier: Mapping[str, nn.Module]) -> None:
+    """Refuse codecs that come too late for collections which were sharded before: these keep what they have.
+
+    Args:
+        asked: Codecs of the strategy; None leaves the collections as they are.
+        earlier: The collections, by path.
+
+    Raises:
+        ShardingError: If a collection was sharded with other codecs.
+
+    Example:
+        >>> check_earlier_codecs(comm_codecs(PooledThresholding(row_dim=8, forward_density=0.5)), {"bags": nn.Module()})
+        Traceback (most recent call last):
+            ...
+        lightning_embcomp.strategies.errors.ShardingError: codecs come too late for 'bags', which was sharded...
+    """
+    for path, module in earlier.items() if asked else ():
+        held: Mapping[str, QuantizedCommCodecs] = getattr(module, "qcomm_codecs_registry", None) or {}
+        configs = [codecs.config for codecs in (asked, held) if isinstance(codecs, CodecRegistry)]
+        if held != asked and not (len(configs) == 2 and configs[0] == configs[1]):
+            raise ShardingError(
+                f"codecs come too late for {path!r}, which was sharded before with {'other' if held else 'no'} codecs"
+                " and keeps them. Leave codecs out, or save a checkpoint and load it into a new module"
+            )
 
 
 def column_width(columns: int, processes: int) -> int:

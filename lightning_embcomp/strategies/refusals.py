@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_embcomp.averaging import AVERAGING
@@ -89,7 +90,7 @@ def check_pipeline(trainer: pl.Trainer) -> None:
     Raises:
         ShardingError: If processes talk by gloo, or a hook sees batches in turn.
     """
-    if trainer.strategy.root_device.type == "cpu":
+    if trainer.strategy.root_device.type == "cpu" or dist.get_backend() == "gloo":
         raise ShardingError(
             "pipeline='sparse_dist' needs CUDA and NCCL: gloo mixes up exchanges that are under way at the same time."
             " Use pipeline='none'"

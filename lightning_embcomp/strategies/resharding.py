@@ -15,6 +15,7 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.fused_embeddingbag import ShardedFusedEmbeddingBagCollection
 from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import (
     EnumerableShardingSpec,
@@ -237,10 +238,11 @@ def _movable(path: str, module: nn.Module) -> _Moving:
             f"the tables of {path!r} are compressed, and do not move while training: plan by what they take, or save a"
             " checkpoint and resume with another plan"
         )
-    if type(module) is not ShardedEmbeddingBagCollection:
+    if type(module) not in (ShardedEmbeddingBagCollection, ShardedFusedEmbeddingBagCollection):
         raise ShardingError(
-            f"{path!r} is a {type(module).__name__}; TorchRec moves tables of ShardedEmbeddingBagCollection only"
+            f"{path!r} is a {type(module).__name__}; TorchRec moves tables of sharded EmbeddingBagCollections only"
         )
+    assert isinstance(module, ShardedEmbeddingBagCollection)
     plan: Any = module.module_sharding_plan
     for name, choice in plan.items():
         if choice.sharding_type != ShardingType.TABLE_WISE.value:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def shard_in_place(
             for weight in module.parameters():
                 if hasattr(weight, "_optimizer_kwargs"):
                     weight._optimizer_kwargs = [dict(kwargs) for kwargs in weight._optimizer_kwargs]
-            sharded: nn.Module = sharder.shard(module, module_plan, env, device, path)
+            with nullcontext() if shardable.sharder is not None else _left_alone(module):
+                sharded: nn.Module = sharder.shard(module, module_plan, env, device, path)
             mark_sharded(sharded)
             if not getattr(sharder, "carries_weights", False):
                 _carry_weights(module, sharded, path, seed)
@@ -71,6 +73,19 @@ def shard_in_place(
         root.get_submodule(parent).register_module(name, done[id(module)])
     # Modules that are not sharded themselves may have cached the layout of unsharded rows.
     reset_module_states_post_sharding(root)
+
+
+@contextmanager
+def _left_alone(module: nn.Module) -> Iterator[None]:
+    """Keep TorchRec from copying whole tables, which may be on the meta device, whatever the module says of itself."""
+    device = module.__dict__.get("_device")
+    try:
+        if device is not None:
+            module.__dict__["_device"] = torch.device("meta")
+        yield
+    finally:
+        if device is not None:
+            module.__dict__["_device"] = device
 
 
 def _carry_weights(module: nn.Module, sharded: nn.Module, path: str, seed: int) -> None:

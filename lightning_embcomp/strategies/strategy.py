@@ -35,7 +35,12 @@ from lightning_embcomp.strategies.feeding import FeedsBatches
 from lightning_embcomp.strategies.launching import TableLauncher
 from lightning_embcomp.strategies.lost import explain
 from lightning_embcomp.strategies.optimizers import is_fused
-from lightning_embcomp.strategies.options import check_fused_params, check_sharding, read_codecs
+from lightning_embcomp.strategies.options import (
+    check_earlier_codecs,
+    check_fused_params,
+    check_sharding,
+    read_codecs,
+)
 from lightning_embcomp.strategies.pipeline import InputPipeline
 from lightning_embcomp.strategies.planning import (
     PlannerFactory,
@@ -289,6 +294,7 @@ class TorchRecStrategy(StepsOnce, FeedsBatches, EvaluatesTogether, WrapsDense, D
         earlier = {path: sharded for path, sharded in self.sharded_modules.items() if path not in known}
         plans: dict[str, Any] = {path: getattr(m, "module_sharding_plan", {}) for path, m in earlier.items()}
         check_earlier_plans(plans, self._settings, others=known)
+        check_earlier_codecs(self.codec_registry, earlier)
         self.plan = ShardingPlan({**known, **plans})
         self._fused_tables += [
             name.removesuffix(".weight")

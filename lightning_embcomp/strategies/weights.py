@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_embcomp.checkpoints.slices import as_slices
+from lightning_embcomp.engine.group import device_types
 
 Piece = tuple[tuple[int, ...], Tensor]
 """Offsets of a part in the whole tensor, and the part."""
@@ -45,11 +46,12 @@ def scatter_rows(full: Tensor, pieces: Sequence[Piece]) -> None:
     if dist.get_world_size() == 1:
         _copy_overlap(full, 0, pieces)
         return
-    backend_device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    on_host = "cpu" in device_types()
+    place = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
     rows = max(1, _CHUNK_BYTES // max(1, full.element_size() * full.shape[1:].numel()))
     for first in range(0, full.shape[0], rows):
         chunk = full[first : first + rows].detach()
-        chunk = chunk.to(backend_device or "cpu", copy=True).contiguous()
+        chunk = chunk.to(place, copy=True).contiguous()
         dist.broadcast(chunk, src=0)
         _copy_overlap(chunk, first, pieces)
 

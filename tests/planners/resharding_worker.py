@@ -14,6 +14,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.utils.data import DataLoader, IterableDataset
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -27,16 +28,17 @@ DIM = 16
 
 
 class Model(pl.LightningModule):
-    def __init__(self, optimizer: type[torch.optim.Optimizer] | None = RowWiseAdagrad) -> None:
+    def __init__(self, optimizer: type[torch.optim.Optimizer] | None = RowWiseAdagrad, fused: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.bags = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=DIM, feature_names=[f"f_{name}"])
-                for name, rows in ROWS.items()
-            ]
-        )
-        if optimizer is not None:
+        configs = [
+            EmbeddingBagConfig(name=name, num_embeddings=rows, embedding_dim=DIM, feature_names=[f"f_{name}"])
+            for name, rows in ROWS.items()
+        ]
+        self.bags: Any = EmbeddingBagCollection(tables=configs)
+        if fused:
+            self.bags = FusedEmbeddingBagCollection(configs, RowWiseAdagrad, {"lr": 0.1}, device=torch.device("cpu"))
+        elif optimizer is not None:
             _apply_optimizer_in_backward(optimizer, self.bags.parameters(), {"lr": 0.1})
         self.out = nn.Linear(DIM * len(ROWS), 1)
         self.losses: list[float] = []
@@ -102,8 +104,8 @@ def refused(callbacks: list[pl.Callback], model: Model, message: str, sharding: 
     raise AssertionError(f"not refused: {message}")
 
 
-def main() -> None:
-    plain, moving = Model(), Model()
+def moved(fused: bool) -> None:
+    plain, moving = Model(fused=fused), Model(fused=fused)
     fit(plain, [])
     trainer = fit(moving, [ReshardOnImbalance(every_n_steps=3)])
     assert plain.losses == moving.losses, (plain.losses, moving.losses)
@@ -112,6 +114,11 @@ def main() -> None:
     assert moving.placed[-1] == moving.placed[3]
     assert trainer.callback_metrics["reshard/moved"] == 0
     assert trainer.callback_metrics["reshard/imbalance"] < 1.2
+
+
+def main() -> None:
+    for fused in (False, True):
+        moved(fused)
     watched = ReshardOnImbalance(every_n_steps=3)
     refused([watched], Model(), "is sharded row_wise; TorchRec moves whole tables", "row_wise")
     refused([watched], Model(None), "is trained from configure_optimizers")

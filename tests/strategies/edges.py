@@ -15,7 +15,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from lightning_embcomp import DimensionPruning, Granularity
+from lightning_embcomp import DimensionPruning, Granularity, PooledThresholding
 from lightning_embcomp.checkpoints import ranks
 from lightning_embcomp.strategies import ShardingError, TorchRecStrategy
 from lightning_embcomp.strategies.fused_state import rates
@@ -150,6 +150,15 @@ def earlier_runs() -> None:
         trainer(TorchRecStrategy(sharding={"t1": "row_wise"})).fit(module, loader(2))
     with pytest.raises(ShardingError, match="'u.'.* matches no table; there are t0, t1, t2"):
         trainer(TorchRecStrategy(sharding={"u*": "table_wise"})).validate(module, loader(2))
+    half, byte = (PooledThresholding(forward=name, backward="bf16") for name in ("fp16", "bf16"))  # type: ignore[arg-type]
+    with pytest.raises(ShardingError, match="codecs come too late for 'bags', which was sharded before with no codecs"):
+        trainer(TorchRecStrategy(codecs=half)).fit(module, loader(2))
+    other = Clicks(**SGD)
+    trainer(TorchRecStrategy(codecs=half)).fit(other, loader(2))
+    for same in (None, PooledThresholding(forward="fp16", backward="bf16")):
+        trainer(TorchRecStrategy(codecs=same)).fit(other, loader(2))
+    with pytest.raises(ShardingError, match="sharded before with other codecs and keeps them. Leave codecs out"):
+        trainer(TorchRecStrategy(codecs=byte)).fit(other, loader(2))
 
 
 def keywords() -> None:
@@ -165,6 +174,11 @@ def keywords() -> None:
     data = DataLoader(Rows(13), batch_size=6, collate_fn=collate)
     predicted = trainer(TorchRecStrategy(), use_distributed_sampler=True).predict(module, data)
     assert [len(p) for p in predicted] == ([6, 1] if dist.get_rank() == 0 else [6])
+    # Built for a GPU, but not allocated: TorchRec would copy what is not there.
+    unallocated = Named(dense=False, device="meta", **SGD)
+    unallocated.bags._device = torch.device("cuda", 0)
+    predicted = trainer(TorchRecStrategy(), use_distributed_sampler=True).predict(unallocated, data)
+    assert all(torch.isfinite(p).all() for p in predicted)
 
 
 def moved_rates() -> None:

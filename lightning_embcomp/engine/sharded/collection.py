@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,8 +164,13 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
             lengths: Any = ctx.divisor
             awaitable.callbacks.append(lambda pooled: averaged(pooled, lengths))
         if self.norms.names and self.training:
-            awaitable.callbacks.append(self.norms.watch)
+            awaitable.callbacks.append(partial(self.norms.watch, batches=self._batches(ctx)))
         return awaitable
+
+    def _batches(self, ctx: EmbeddingBagCollectionContext) -> list[int] | None:
+        """Samples of every process in a batch, where the exchange of ids has told."""
+        known = [c.batch_size_per_rank for c in ctx.sharding_contexts if len(c.batch_size_per_rank) == self.group.size]
+        return known[0] if known else None
 
     def train(self, mode: bool = True) -> ShardedRoutedBags:
         """Set the mode of the engines as well, which TorchRec keeps out of the module tree."""
@@ -217,7 +223,9 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
         Raises:
             StateError: If the state does not fit.
         """
-        storage.load_distributed_state(self, "", WholeReader(state_dict, self.logical_tables))
+        # TorchRec's constructor copies tables of a GPU; they may be on the meta device, and are filled later anyway.
+        if "seed" in self.__dict__:
+            storage.load_distributed_state(self, "", WholeReader(state_dict, self.logical_tables))
         return _IncompatibleKeys([], [])
 
     @property

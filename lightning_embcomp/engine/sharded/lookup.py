@@ -49,7 +49,7 @@ class RoutedLookup(nn.Module):
     def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Pooled rows ``(B, ΣD)`` of the parts of this process."""
         if self.engine is None:
-            return torch.empty(sparse_features.stride(), 0, requires_grad=True)
+            return torch.empty(sparse_features.stride(), 0, device=sparse_features.device(), requires_grad=True)
         weights = sparse_features.weights() if self.is_weighted else None
         return self.engine(sparse_features.values(), sparse_features.offsets(), weights)
 
@@ -58,7 +58,8 @@ class ReplicatedLookup(RoutedLookup):
     """Looks up in copies of tables that every process holds, and keeps the copies equal.
 
     The backward pass gathers ids and gradients of all processes, so that every copy makes the same update: the fused
-    optimizer is the one that was asked for, and statistics see every sample.
+    optimizer is the one that was asked for, and statistics see every sample. Where other tables wait for the sizes of
+    what they are sent, in the forward pass, these do too; the backward pass waits for nothing.
 
     Args:
         parts: Whole tables, in the order of the features.
@@ -98,8 +99,9 @@ class _Replicated(torch.autograd.Function):
         weights: Tensor | None,
     ) -> Tensor:
         """Look up."""
-        ctx.lookup, ctx.batch = lookup, (values, offsets, weights)
         assert lookup.engine is not None
+        ctx.lookup, ctx.batch = lookup, (values, offsets, weights)
+        ctx.sizes = gather_sizes(lookup.group, len(lookup.engine.feature_tables), offsets)
         return lookup.engine(values, offsets, weights)
 
     @staticmethod
@@ -108,21 +110,38 @@ class _Replicated(torch.autograd.Function):
         lookup: ReplicatedLookup = ctx.lookup
         engine, group = lookup.engine, lookup.group
         assert engine is not None
-        values, offsets, weights = gather_batch(group, len(engine.feature_tables), *ctx.batch)
-        grad = torch.cat(group.gather_uneven(grads[0].contiguous())) / group.size
+        values, offsets, weights = gather_batch(group, ctx.sizes, *ctx.batch)
+        grad = torch.cat(group.gather_uneven(grads[0].contiguous(), [bags for bags, *_ in ctx.sizes])) / group.size
         with torch.enable_grad():
             engine(values, offsets, weights).backward(grad)
         return None, None, None, None, None
 
 
+def gather_sizes(group: Group, features: int, offsets: Tensor) -> list[list[int]]:
+    """Sizes of the batches of all processes, for which the host waits.
+
+    Args:
+        group: The processes.
+        features: Features of the batch.
+        offsets: Bag boundaries ``(features · B + 1,)``.
+
+    Returns:
+        For every process its number of samples B, and of ids of each feature.
+    """
+    samples = (offsets.numel() - 1) // features
+    ids = offsets.diff().view(features, samples).sum(1)
+    found: list[list[int]] = group.gather(torch.cat([ids.new_full((1,), samples), ids])).tolist()
+    return found
+
+
 def gather_batch(
-    group: Group, features: int, values: Tensor, offsets: Tensor, weights: Tensor | None
+    group: Group, sizes: Sequence[Sequence[int]], values: Tensor, offsets: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bring the bags of all processes together: feature by feature, within a feature by rank.
 
     Args:
         group: The processes.
-        features: Features of the batch.
+        sizes: From :func:`gather_sizes`.
         values: Ids of this process ``(N,)``.
         offsets: Bag boundaries ``(features · B + 1,)``.
         weights: Per-sample weights ``(N,)``, or None.
@@ -130,16 +149,20 @@ def gather_batch(
     Returns:
         Ids, bag boundaries and weights of all processes.
     """
-    lengths = [part.view(features, -1) for part in group.gather_uneven(offsets.diff())]
+    per_feature = [list(ids) for _, *ids in sizes]
+    features = len(per_feature[0])
+    bags = [features * samples for samples, *_ in sizes]
+    gathered_lengths = group.gather_uneven(offsets.diff(), bags)
+    lengths = [part.view(features, len(part) // features) for part in gathered_lengths]
     # Ids are padded to the longest: one gather of equal sizes is what every backend has.
-    ids = group.gather_uneven(values)
-    per_feature = [part.sum(1).tolist() for part in lengths]
+    total = [sum(ids) for ids in per_feature]
+    ids = group.gather_uneven(values, total)
 
     def interleave(parts: Sequence[Tensor]) -> Tensor:
-        pieces = [part.split(sizes) for part, sizes in zip(parts, per_feature, strict=True)]
+        pieces = [part.split(counts) for part, counts in zip(parts, per_feature, strict=True)]
         return torch.cat([piece[f] for f in range(features) for piece in pieces])
 
-    bags = torch.cat(lengths, 1).flatten()
-    boundaries = torch.cat([bags.new_zeros(1), bags.cumsum(0)]).to(offsets.dtype)
-    gathered = None if weights is None else interleave(group.gather_uneven(weights.detach()))
+    in_order = torch.cat(lengths, 1).flatten()
+    boundaries = torch.cat([in_order.new_zeros(1), in_order.cumsum(0)]).to(offsets.dtype)
+    gathered = None if weights is None else interleave(group.gather_uneven(weights.detach(), total))
     return interleave(ids), boundaries, gathered

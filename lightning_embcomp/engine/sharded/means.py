@@ -62,7 +62,9 @@ def bag_lengths(features: KeyedJaggedTensor, summed: Mapping[str, str]) -> dict[
             "the features of the batch differ in batch size, which tables that are averaged and sharded by rows do not"
             " support: shard them as a whole"
         )
-    return {name: features[feature].lengths() for name, feature in summed.items()}
+    # By place, not by key, for which TorchRec would have to know how many ids each feature has.
+    keys, lengths = features.keys(), features.lengths().reshape(len(features.keys()), features.stride())
+    return {name: lengths[keys.index(feature)] for name, feature in summed.items()}
 
 
 def averaged(pooled: KeyedTensor, lengths: Mapping[str, Tensor]) -> KeyedTensor:

@@ -35,20 +35,28 @@ class GradientNorms:
         """Norms of the backward pass that is under way, float32 ``(features · B, 1)``; None if nobody wants them."""
         if self._norms is None:
             return None
-        return self._norms[[self.names.index(name) for name in names]].reshape(-1, 1)
+        # Not by a list of rows: on a GPU the host would wait for it to arrive.
+        return torch.cat([self._norms[self.names.index(name)] for name in names]).unsqueeze(1)
 
-    def watch(self, pooled: KeyedTensor) -> KeyedTensor:
-        """Let the gradient of pooled rows pass by; nothing happens to their values."""
+    def watch(self, pooled: KeyedTensor, batches: Sequence[int] | None = None) -> KeyedTensor:
+        """Let the gradient of pooled rows pass by; nothing happens to their values.
+
+        Args:
+            pooled: The rows.
+            batches: Samples of every process; None if they are not known.
+        """
         if not self.wanted or not torch.is_grad_enabled():
             return pooled
-        values = _Watch.apply(pooled.values(), self, pooled.keys(), pooled.length_per_key())
+        values = _Watch.apply(pooled.values(), self, pooled.keys(), pooled.length_per_key(), batches)
         return KeyedTensor(keys=pooled.keys(), length_per_key=pooled.length_per_key(), values=values)
 
-    def measure(self, grad: Tensor, keys: Sequence[str], widths: Sequence[int]) -> None:
+    def measure(
+        self, grad: Tensor, keys: Sequence[str], widths: Sequence[int], batches: Sequence[int] | None = None
+    ) -> None:
         """Exchange the norms of one gradient ``(B, ΣD)``."""
         by_name = dict(zip(keys, grad.split(list(widths), 1), strict=True))
         local = torch.stack([by_name[name].float().norm(dim=1) for name in self.names], 1)
-        gathered = torch.cat(self.group.gather_uneven(local))
+        gathered = torch.cat(self.group.gather_uneven(local, batches))
         # TorchRec sends the gradient of the mean over processes.
         self._norms = gathered.t() / (self.group.size if get_gradient_division() else 1)
 
@@ -57,13 +65,20 @@ class _Watch(torch.autograd.Function):
     """Identity that looks at its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, norms: GradientNorms, keys: list[str], widths: list[int]) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        values: Tensor,
+        norms: GradientNorms,
+        keys: list[str],
+        widths: list[int],
+        batches: Sequence[int] | None,
+    ) -> Tensor:
         """Nothing happens to the values."""
-        ctx.norms, ctx.keys, ctx.widths = norms, keys, widths
+        ctx.norms, ctx.keys, ctx.widths, ctx.batches = norms, keys, widths, batches
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ANN401
         """Measure and hand on."""
-        ctx.norms.measure(grads[0], ctx.keys, ctx.widths)
-        return grads[0], None, None, None
+        ctx.norms.measure(grads[0], ctx.keys, ctx.widths, ctx.batches)
+        return grads[0], None, None, None, None

@@ -312,9 +312,7 @@ def _expected(host: ShardedRoutedBags, present: set[str]) -> Iterator[str]:
 def _tensor_names(host: ShardedRoutedBags) -> list[str]:
     """Weights and optimizer state, by name."""
     optimizer = host.options.optimizer
-    state = [] if optimizer is None or optimizer.kind == "sgd" else ["momentum1"]
-    more = ["prev_iter", "row_counter"] if optimizer is not None and optimizer.kind == "counter_sgd" else []
-    return ["weight", *state, *more]
+    return ["weight", *(() if optimizer is None else optimizer.state)]
 
 
 def _load_rows(place: _Place, key: str, reader: Reader) -> None:

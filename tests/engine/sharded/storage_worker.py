@@ -1,10 +1,12 @@
 """One of several processes that save or load a sharded collection.
 
-Run with ``save`` or ``load``, sharding types with commas between them, the type of the saved run, and a folder.
+Run with ``save`` or ``load``, sharding types with commas between them, the type of the saved run, a folder, and
+``gpu`` for a pretended one.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from lightning_embcomp.engine.host import EngineHost
 from lightning_embcomp.engine.row_class import WEIGHT
 from lightning_embcomp.engine.sharded.collection import ShardedRoutedBags
 from lightning_embcomp.surgery import part_of
-from tests.engine.sharded.worker import KEYS, ROWS, batch, codes_of, reference, sharded
+from tests.engine.sharded.worker import CPU, KEYS, ROWS, batch, codes_of, reference, sharded
+from tests.pretend import GPU, pretended_gpu
 
 STEPS, SAMPLES = 6, 12
 
@@ -32,9 +35,10 @@ def train(host: EngineHost, first: int, last: int) -> None:
     mine = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
     for step in range(first, last):
         signs = torch.randn(SAMPLES, len(KEYS), 16, generator=torch.Generator().manual_seed(900 + step))
-        pooled = host(batch(step, mine))  # type: ignore[operator]
+        mine_signs = signs[mine].to(host.options.device)
+        pooled = host(batch(step, mine).to(host.options.device))  # type: ignore[operator]
         found = (pooled.wait() if isinstance(host, ShardedRoutedBags) else pooled).to_dict()
-        (world * sum((found[key] * signs[mine, k]).sum() for k, key in enumerate(KEYS))).backward()
+        (world * sum((found[key] * mine_signs[:, k]).sum() for k, key in enumerate(KEYS))).backward()
 
 
 def same(host: ShardedRoutedBags, wanted: EngineHost, exact_state: bool) -> None:
@@ -42,22 +46,22 @@ def same(host: ShardedRoutedBags, wanted: EngineHost, exact_state: bool) -> None
         whole = wanted.shards(t)[0].engine
         for shard in host.shards(t):
             engine, index, part = shard.engine, shard.index, shard.logical
-            rows = engine.read_rows(index, 0, part.rows)
+            rows = engine.read_rows(index, 0, part.rows).cpu()
             torch.testing.assert_close(rows, part_of(whole.read_rows(t, 0, ROWS[t]), part), rtol=1e-5, atol=1e-6)
-            assert torch.equal(engine.router.read(index, 0, part.rows)[0], codes_of(part))
+            assert torch.equal(engine.router.read(index, 0, part.rows)[0].cpu(), codes_of(part))
             if exact_state:
                 torch.testing.assert_close(state_of(engine, index), state_of(whole, t)[shard.first_row :][: part.rows])
             assert engine.utility is not None and whole.utility is not None
             utility = whole.utility.of_table(t)[shard.first_row :][: part.rows]
             if shard.primary:
-                torch.testing.assert_close(engine.utility.of_table(index), utility, rtol=1e-2, atol=1e-5)
+                torch.testing.assert_close(engine.utility.of_table(index).cpu(), utility, rtol=1e-2, atol=1e-5)
             assert engine.utility.step == whole.utility.step
     gains = torch.zeros(len(ROWS), 2, dtype=torch.float64)
     for t in range(len(ROWS)):
         for shard in host.shards(t):
             if shard.primary:
                 assert shard.engine.utility is not None
-                gains[t] += shard.engine.utility.gain[shard.index]
+                gains[t] += shard.engine.utility.gain[shard.index].cpu()
     utility = wanted.engines[0].utility
     assert utility is not None
     torch.testing.assert_close(host.group.sum(gains), utility.gain, rtol=1e-5, atol=1e-5)
@@ -65,12 +69,12 @@ def same(host: ShardedRoutedBags, wanted: EngineHost, exact_state: bool) -> None
 
 def state_of(engine: object, index: int) -> torch.Tensor:
     """Accumulators of the rows of a table, by row; zero where nothing is stored."""
-    codes, slots = engine.router.read(index, 0, engine.tables[index].rows)  # type: ignore[attr-defined]
+    codes, slots = (t.cpu() for t in engine.router.read(index, 0, engine.tables[index].rows))  # type: ignore[attr-defined]
     found = torch.zeros(codes.numel())
     for code in range(1, engine.tables[index].codes):  # type: ignore[attr-defined]
         storages = engine.classes[engine.class_map.class_of_code[index][code]].storages()  # type: ignore[attr-defined]
         if "momentum1" in storages:
-            found[codes == code] = storages["momentum1"].tensor[slots[codes == code].long()]
+            found[codes == code] = storages["momentum1"].tensor.cpu()[slots[codes == code].long()]
     return found
 
 
@@ -81,11 +85,11 @@ def bits(host: ShardedRoutedBags) -> list[torch.Tensor]:
         assert engine.utility is not None
         found += [engine.router.tensors.words, engine.utility.values, engine.utility.gain]
         assert WEIGHT in engine.classes[0].storages()
-    return [tensor.clone() for tensor in found]
+    return [tensor.cpu().clone() for tensor in found]
 
 
-def save(kind: str, folder: Path) -> None:
-    host = sharded(kind, optimizer_of(kind))
+def save(kind: str, folder: Path, device: torch.device = CPU) -> None:
+    host = sharded(kind, optimizer_of(kind), device)
     host.norms.wanted = True
     train(host, 0, STEPS)
     state = {f"bags.{name}": tensor for name, tensor in host.distributed_state().items()}
@@ -94,9 +98,9 @@ def save(kind: str, folder: Path) -> None:
     torch.save(bits(host), bits_file(kind, folder))
 
 
-def load(kind: str, saved_kind: str, folder: Path) -> None:
+def load(kind: str, saved_kind: str, folder: Path, device: torch.device = CPU) -> None:
     optimizer = optimizer_of(saved_kind)
-    host = sharded(kind, optimizer)
+    host = sharded(kind, optimizer, device)
     host.norms.wanted = True
     for engine in host.engines:
         engine.initialise(0, torch.nn.init.zeros_)
@@ -123,11 +127,13 @@ def bits_file(kind: str, folder: Path) -> Path:
 if __name__ == "__main__":
     action, kinds, saved_kind, folder = sys.argv[1], sys.argv[2].split(","), sys.argv[3], Path(sys.argv[4])
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for kind in kinds:
-        if action == "save":
-            save(kind, folder)
-        else:
-            load(kind, saved_kind, folder)
+    gpu = sys.argv[5:] == ["gpu"]
+    with pretended_gpu() if gpu else nullcontext():
+        for kind in kinds:
+            if action == "save":
+                save(kind, folder, GPU if gpu else CPU)
+            else:
+                load(kind, saved_kind, folder, GPU if gpu else CPU)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)

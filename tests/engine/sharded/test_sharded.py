@@ -9,7 +9,7 @@ import torch
 from torchrec.distributed.types import ParameterSharding
 
 from lightning_embcomp.engine.layout import ClassMap, LogicalTable, Shard
-from lightning_embcomp.engine.sharded.lookup import gather_batch
+from lightning_embcomp.engine.sharded.lookup import gather_batch, gather_sizes
 from lightning_embcomp.engine.sharded.parts import UnsupportedShardingError, check_plan
 from tests.processes import run_processes
 
@@ -20,6 +20,19 @@ KINDS = ["table_wise", "row_wise", "column_wise", "data_parallel", "mixed"]
 def test_training_equals_unsharded(processes: int, kinds: list[str]) -> None:
     """Pooled rows, rows after training, and utilities; of rows that store nothing to all of their columns."""
     run_processes(processes, "tests.engine.sharded.worker", *kinds)
+
+
+def test_training_on_a_gpu() -> None:
+    """Every tensor of a process on its device, no exchange of host memory, and no waits in a step."""
+    run_processes(2, "tests.engine.sharded.gpu_worker", *KINDS)
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [("gpu", "cpu"), ("cpu", "gpu")])
+def test_checkpoints_between_devices(saved_on: str, loaded_on: str, tmp_path: Path) -> None:
+    """Bit for bit, since the pretended GPU computes as the CPU does."""
+    for action, device in (("save", saved_on), ("load", loaded_on)):
+        said = run_processes(2, "tests.engine.sharded.storage_worker", action, "mixed", "mixed", str(tmp_path), device)
+    assert all("bit for bit" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +106,21 @@ class Pair:
     def __init__(self, *others: torch.Tensor) -> None:
         self.others = list(others)
 
-    def gather_uneven(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def gather_uneven(self, tensor: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        assert sizes == [len(tensor), len(self.others[0])]
         return [tensor, self.others.pop(0)]
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor, self.others.pop(0)])
 
 
 def test_bags_of_all_processes() -> None:
     """Two features: bags of both processes, feature by feature."""
     mine = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 3, 3, 4])  # [1] [2 3] | [] [4]
+    sizes = gather_sizes(Pair(torch.tensor([1, 2, 1])), 2, mine[1])  # type: ignore[arg-type]
+    assert sizes == [[2, 3, 1], [1, 2, 1]]
     other = Pair(torch.tensor([2, 1]), torch.tensor([5, 6, 7]))  # [5 6] | [7]
-    values, offsets, weights = gather_batch(other, 2, *mine, None)  # type: ignore[arg-type]
+    values, offsets, weights = gather_batch(other, sizes, *mine, None)  # type: ignore[arg-type]
     assert values.tolist() == [1, 2, 3, 5, 6, 4, 7]
     assert offsets.tolist() == [0, 1, 3, 5, 5, 6, 7]
     assert weights is None

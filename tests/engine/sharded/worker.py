@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -62,12 +63,13 @@ def plan(kind: str, world: int) -> dict[str, Any]:
     }[kind]
 
 
-def sharded(kind: str, optimizer: type[torch.optim.Optimizer]) -> ShardedRoutedBags:
+def sharded(kind: str, optimizer: type[torch.optim.Optimizer], device: torch.device = CPU) -> ShardedRoutedBags:
     plain = collection(optimizer)
     host = find_hosts(plain)[0]
-    spec = sharded_spec(host, {table.name: (CHUNKS, "prefix") for table in host.tables}, CPU)
+    spec = sharded_spec(host, {table.name: (CHUNKS, "prefix") for table in host.tables}, device)
     sharder = RoutedBagsSharder(spec)
-    bags = sharder.shard(plain, dict(_plan(plain, kind)), ShardingEnv.from_process_group(dist.GroupMember.WORLD), CPU)
+    env = ShardingEnv.from_process_group(dist.GroupMember.WORLD)
+    bags = sharder.shard(plain, dict(_plan(plain, kind)), env, device)
     start(bags, host)
     return bags
 
@@ -98,7 +100,7 @@ def start(host: EngineHost, view: Any) -> None:
         engine.move(ReadPlan(lambda t, a, b, engine=engine: codes_of(engine.tables[t])[a:b]))
         engine.clear_row_state()
         engine.scale_rates(0.5)
-        engine.track_utility(RowUtility(engine.tables, device=CPU))
+        engine.track_utility(RowUtility(engine.tables, device=engine.options.device))
     for t in range(len(ROWS)):
         fill(host, t, view)
 
@@ -154,31 +156,42 @@ def compare_with_torchrec(kind: str, steps: int = 12) -> None:
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
-def compare(kind: str, optimizer: type[torch.optim.Optimizer], steps: int = 12) -> None:
+def compare(
+    kind: str,
+    optimizer: type[torch.optim.Optimizer],
+    steps: int = 12,
+    device: torch.device = CPU,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    bags = sharded(kind, optimizer)
+    bags = sharded(kind, optimizer, device)
     bags.norms.wanted = True
     unsharded = reference(optimizer)
     mine = slice(rank * BATCH, (rank + 1) * BATCH)
     for step in range(steps):
+        before_step(step)
         signs = torch.randn(world * BATCH, len(KEYS), DIM, generator=torch.Generator().manual_seed(900 + step))
         whole = unsharded(batch(step, world=world)).to_dict()
-        found = bags(batch(step, mine, world)).wait().to_dict()
+        found = bags(batch(step, mine, world).to(device)).wait().to_dict()
+        assert all(rows.device == device for rows in found.values())
         for key in KEYS:
-            torch.testing.assert_close(found[key], whole[key][mine], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[key].cpu(), whole[key][mine], rtol=1e-5, atol=1e-6)
         sum((whole[key] * signs[:, k]).sum() for k, key in enumerate(KEYS)).backward()
-        (world * sum((found[key] * signs[mine, k]).sum() for k, key in enumerate(KEYS))).backward()
+        mine_signs = signs[mine].to(device)
+        (world * sum((found[key] * mine_signs[:, k]).sum() for k, key in enumerate(KEYS))).backward()
+    before_step(steps)
     tolerance = {"rtol": 1e-5, "atol": 1e-5}
     held = torch.zeros(len(ROWS), dtype=torch.int64)
     for t in range(len(ROWS)):
         for shard in bags.shards(t):
-            rows = shard.engine.read_rows(shard.index, 0, shard.logical.rows)
+            rows = shard.engine.read_rows(shard.index, 0, shard.logical.rows).cpu()
             wanted = part_of(unsharded.engine.read_rows(t, 0, ROWS[t]), shard.logical)
             torch.testing.assert_close(rows, wanted, **tolerance)
             assert unsharded.engine.utility is not None and shard.engine.utility is not None
             if shard.primary:
                 utility = unsharded.engine.utility.of_table(t)[shard.first_row :][: shard.logical.rows]
-                torch.testing.assert_close(shard.engine.utility.of_table(shard.index), utility, rtol=1e-2, atol=1e-5)
+                found_utility = shard.engine.utility.of_table(shard.index).cpu()
+                torch.testing.assert_close(found_utility, utility, rtol=1e-2, atol=1e-5)
                 held[t] += shard.logical.rows
     assert bags.group.sum(held).tolist() == list(ROWS)
 
