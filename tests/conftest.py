@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,22 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set EMBCOMP_DATA")
     return folder
+
+
+_MADE_PER_DEVICE = {
+    "lightning_embcomp.engine.bag_layout": "_pooled_layout",
+    "lightning_embcomp.kernels.count.encoding": "_log_values",
+    "lightning_embcomp.kernels.triton": "_constant",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_tensors_of_other_tests() -> Iterator[None]:
+    """What is made once per device does not outlive a test: in some tests the GPU is not a real one."""
+    yield
+    for module, name in _MADE_PER_DEVICE.items():
+        if module in sys.modules:
+            getattr(getattr(sys.modules[module], name), "cache_clear", lambda: None)()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

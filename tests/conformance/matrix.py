@@ -333,12 +333,6 @@ MATRIX: dict[str, Case] = {
                 name: Refusal(ShardingError, "does not reach the fused tables", "the tables that it moves are fused")
                 for name in ("accumulation", "clipping")
             },
-            **{
-                name: Refusal(
-                    ShardingError, "TorchRec moves tables of ShardedEmbeddingBagCollection only", "no fused collection"
-                )
-                for name in ("fused SGD", "fused row-wise Adagrad")
-            },
         },
     ),
 }

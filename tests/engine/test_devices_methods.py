@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,6 @@ from lightning_embcomp.engine.lookups import Call, DirectLookup, unscaled
 from lightning_embcomp.engine.rates import RunningRates, TableRates, set_rates
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.kernels.count import row_gains
-from lightning_embcomp.kernels.count.encoding import _log_values
 from lightning_embcomp.methods.mpe.module import RowQuantizer
 from tests.pretend import GPU, PretendGPU, pretended_gpu
 from tests.pretended_fits import CASES, EVENTS, fit, scaled_on_cpu, states
@@ -34,14 +32,6 @@ from .engines import batch, make_engine, random_codes
 from .test_devices import far_away  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def constants_anew() -> Iterator[None]:
-    """What is on one pretended GPU is not on the next."""
-    _log_values.cache_clear()
-    yield
-    _log_values.cache_clear()
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

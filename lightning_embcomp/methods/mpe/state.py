@@ -52,9 +52,9 @@ class RoundingState:
         self.groups = groups
         groups.carry(device)
         self.dims = tuple(dims)
-        self.widths = torch.tensor(list(widths), device=device)
+        self.widths = torch.tensor(list(widths), dtype=torch.int64, device=device)
         rounded = [k for k, width in enumerate(widths) if width <= MAX_WIDTH]
-        self.rounded = torch.tensor(rounded, device=device)
+        self.rounded = torch.tensor(rounded, dtype=torch.int64, device=device)
         self._dims = torch.tensor(self.dims, device=device)
         self.trains_offset = offset
         self.temperature = temperature
