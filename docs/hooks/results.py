@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from docs.hooks import ROOT, checks, growth
+from docs.hooks import ROOT, checks, growth, peers
 
 _RESULTS = ROOT / "benchmarks" / "results"
 _IMAGES = ROOT / "docs" / "images"
@@ -17,6 +17,7 @@ _DATA = {
     "book_crossing": "Book-Crossing, 1.15 M rows",
     "movielens_1m": "MovieLens-1M",
     "us_flights": "US flights, 0.56 M rows",
+    "large": "Made-up log, 10 M rows, 5 M ids",
 }
 _OWN_PAGES = {"pruned-rows.svg", "router.svg"}
 """Pictures that are not plots of results."""
@@ -434,6 +435,7 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "dct": _dct,
     "frequency_lr": _frequency_lr,
     "memory": _memory,
+    "pareto": lambda found: _joined(peers.pareto(found, _DATA)),
     "plans": _plans,
     "precision": _precision,
     "profile": lambda found: _joined(growth.profile(found)),
