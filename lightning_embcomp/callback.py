@@ -21,7 +21,7 @@ from lightning_embcomp.engine.row_class import TrainedRows
 from lightning_embcomp.errors import NonFiniteLossError, SetupError
 from lightning_embcomp.evaluation_guard import PlainEvaluation, plain_evaluation
 from lightning_embcomp.installation import Cuts, install, sharding_strategy, sources
-from lightning_embcomp.kernels.route.watch import check, report_later
+from lightning_embcomp.kernels.route.watch import check, forget, report_later
 from lightning_embcomp.planners.footprint import TableFootprint
 from lightning_embcomp.surgery import fill
 from lightning_embcomp.tables import HostView, TableView, find_hosts, select_tables
@@ -100,7 +100,8 @@ class CompressionCallback(pl.Callback):
             )
         device = trainer.strategy.root_device
         if device.type not in (self.devices if strategy is None else self.sharded_devices):
-            where = ", ".join(self.devices) if strategy is None else "cpu where tables are sharded"
+            where = ", ".join(self.devices if strategy is None else self.sharded_devices)
+            where += "" if strategy is None else " where tables are sharded"
             raise SetupError(
                 f"{self.state_key}: runs on {where} so far, not on {device}. Use Trainer(accelerator='cpu')"
             )
@@ -180,6 +181,7 @@ class CompressionCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave a model plain that could not be evaluated, for example because its checkpoint does not exist."""
+        forget(trainer.strategy.root_device)
         plain, self._plain = self._plain, None
         if plain is not None:
             plain.put_back(trainer, pl_module)
@@ -219,13 +221,19 @@ class CompressionCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for what a GPU has not reported yet; gradients are measured as they are from now on."""
         self._scaled_by(None)
-        _wait_for_reports(trainer.strategy.root_device)
+        check(trainer.strategy.root_device, wait=True)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Save no checkpoint of tables that a GPU has yet to report as lost."""
-        _wait_for_reports(trainer.strategy.root_device)
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for what a GPU has not reported yet: ids outside their table were read as rows of zeros."""
+        check(trainer.strategy.root_device, wait=True)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As after validation."""
+        check(trainer.strategy.root_device, wait=True)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As after validation."""
+        check(trainer.strategy.root_device, wait=True)
 
     def footprints(self, tables: Sequence[TableView]) -> Mapping[str, TableFootprint]:
         """What the method keeps of its tables in training, from its settings alone, for sharding plans.
@@ -341,11 +349,6 @@ def _owned(pl_module: pl.LightningModule, callback: CompressionCallback) -> list
         for t, table in enumerate(host.tables)
         if table.name in wanted
     ]
-
-
-def _wait_for_reports(device: torch.device) -> None:
-    if device.type == "cuda":
-        check(device, wait=True)
 
 
 def _raise_for_loss(loss: Tensor, step: int, wrong: int) -> None:

@@ -33,8 +33,10 @@ def table_over(
     """
     build: Any = table_type
     if any(tensor.device.type != "cpu" for tensor in buffers.values()):
-        build = _handing_over(table_type, buffers)
+        given = dict(buffers)
+        build = _handing_over(table_type, given)
         on_device: _Table = build(list(specs), **options)
+        given.clear()  # a class is part of a cycle, which would keep the tensors until the garbage is collected
         return on_device
     if "preallocated_host_buffers" in inspect.signature(table_type.__init__).parameters:
         built: _Table = build(list(specs), preallocated_host_buffers=dict(buffers), **options)

@@ -88,6 +88,8 @@ def install(
     for host in hosts:
         if isinstance(host.module, EngineHost):
             _check_same_cuts(host, cuts)
+            if trainer.strategy.root_device.type == "cuda":
+                _check_same_placement(host, placed)
             continue
         unallocated = any(table.weight is not None and table.weight.is_meta for table in host.tables)
         if unallocated or any(table.name in claimed for table in host.tables):
@@ -197,6 +199,21 @@ def _check_untied(pl_module: pl.LightningModule, host: HostView) -> None:
                     f"table {mine[id(parameter)]!r} shares its weights with {f'{path}.{name}'.lstrip('.')}, which would"
                     " keep the old ones: leave it out of the callback"
                 )
+
+
+def _check_same_placement(host: HostView, placed: Mapping[str, tuple[str, RowPlacement]]) -> None:
+    assert isinstance(host.module, EngineHost)
+    wanted, found = _placement(host, placed), host.module.options.placement
+    if wanted != found and any(table.name in placed for table in host.tables):
+        raise SetupError(
+            f"the rows of {host.path!r} were made for {_shown(found)}, but {_shown(wanted)} is asked for: use the"
+            " settings of the first run, or start from a plain module and load a checkpoint into it"
+        )
+
+
+def _shown(placement: RowPlacement) -> str:
+    cache = f" with {placement.cache}" if placement.kind == "managed_caching" else ""
+    return f"placement={placement.kind!r}{cache}"
 
 
 def _check_same_cuts(host: HostView, cuts: Cuts) -> None:

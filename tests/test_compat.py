@@ -1,7 +1,9 @@
 """What stands in for the newest releases of the stack behaves like them."""
 
+import gc
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,6 +42,40 @@ def test_tables_lie_over_the_given_tensors(table_type: type[Any]) -> None:
     with torch.no_grad():
         table.weights_host.add_(1.0)
     assert torch.equal(buffers["weights"], torch.arange(8.0) + 1.0)
+
+
+class Split(NamedTuple):
+    """As FBGEMM says what it keeps where."""
+
+    dev_size: int
+    uvm_size: int
+    host_size: int
+
+
+class OnDevice(nn.Module):
+    """As FBGEMM builds its tables on a GPU."""
+
+    weights_dev: Tensor
+
+    def __init__(self, specs: list[Any]) -> None:
+        super().__init__()
+        self._apply_split(Split(8, 0, 0), "weights", torch.float32)
+
+    def _apply_split(self, split: Split, prefix: str, dtype: torch.dtype) -> None:
+        self.register_buffer(f"{prefix}_dev", torch.zeros(split.dev_size, dtype=dtype, device="meta"))
+
+
+def test_tables_elsewhere_take_the_given_tensors_and_let_them_go() -> None:
+    weights = torch.empty(8, device="meta")
+    held = weakref.ref(weights)
+    table = table_over(OnDevice, [()], {"weights": weights})
+    assert table.weights_dev is weights
+    gc.disable()
+    try:
+        del table, weights
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("attribute", ["_sharder_data_map", "_sharder_map"])

@@ -299,9 +299,13 @@ def _check_fused(rows: FusedRows, name: str) -> None:
             " stochastic_rounding out, or leave the table out"
         )
     if rows.direct_rule() is None:
-        extra = sorted(set(rows.optimizer.options) - {"learning_rate", "eps"})
-        what = f"option {extra[0]!r}" if extra else f"{rows.dtype} weights"
+        extra = sorted(set(rows.optimizer.options) - rows.optimizer.direct_options)
+        if not extra:
+            raise UnsupportedOptimizerError(
+                f"table {name!r} has placement={rows.placement.kind!r} on {rows.device}, where FBGEMM updates its rows;"
+                " rows with rates of their own need placement='managed' or 'device'"
+            )
         raise UnsupportedOptimizerError(
-            f"table {name!r} has fused SGD with {what}, which only FBGEMM's own kernel runs. Use backend='fbgemm'"
-            " (12 bytes of state per row) where FBGEMM has it, or plain float32 SGD"
+            f"table {name!r} has fused SGD with option {extra[0]!r}, which only FBGEMM's own kernel runs. Use"
+            " backend='fbgemm' (12 bytes of state per row) where FBGEMM has it, or plain SGD"
         )

@@ -25,6 +25,7 @@ from lightning_embcomp.engine.plan import MoveSummary, RowPlan
 from lightning_embcomp.engine.router import slabs
 from lightning_embcomp.engine.row_class import Storage, TrainedRows, carried
 from lightning_embcomp.kernels.relocate import move_rows
+from lightning_embcomp.kernels.types import ClassColumns
 
 _HOST = torch.device("cpu")
 
@@ -70,9 +71,7 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
                 new = (codes, _counted_from(slots, codes, class_of_code, first))
             else:
                 into, new = after, (codes, slots)
-            for name, storage in before[0].items():
-                source, target = _named(before, name), _named(into, name)
-                move_rows(old, new, class_of_code, columns, source, target, rowwise=storage.rowwise)
+            _move(old, new, class_of_code, columns, before, into)
             if staged:
                 _fetch(into, after, first.tolist(), next_slot.tolist())
             _release(old, class_of_code, before)
@@ -80,11 +79,26 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
         before.clear()
         for rows in engine.classes:  # all old rows go before the first new ones come
             rows.adopt(0, rows.allocate(0, device))
+        detach(trained, optimizers)  # they hold the old state as well
     for rows, n in zip(engine.classes, class_rows, strict=True):
         rows.adopt(n, carried(after.pop(0), device, placement))
     engine.table_rows = counts
     detach(trained, optimizers)
     return summary
+
+
+def _move(
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    class_of_code: Tensor,
+    columns: ClassColumns,
+    before: Sequence[Mapping[str, Storage]],
+    into: Sequence[Mapping[str, Storage]],
+) -> None:
+    """Copy one slab; a function of its own, so that no name holds tensors of the old rows when it is done."""
+    for name, storage in before[0].items():
+        source, target = _named(before, name), _named(into, name)
+        move_rows(old, new, class_of_code, columns, source, target, rowwise=storage.rowwise)
 
 
 def stages(device: torch.device) -> bool:

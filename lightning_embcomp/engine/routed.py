@@ -32,6 +32,7 @@ from lightning_embcomp.engine.row_class import WEIGHT, FusedRows, RowClass, Trai
 from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.kernels.graphs import capturing
 from lightning_embcomp.kernels.route import IdOutOfRangeError, route
+from lightning_embcomp.kernels.route.watch import check
 from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
 from lightning_embcomp.kernels.update import UpdateRule
 
@@ -225,7 +226,7 @@ class RoutedEmbeddings(RowAccess, nn.Module):
         return out
 
     def _direct_rules(self, weights: Tensor | None) -> list[UpdateRule] | None:
-        """Update rules if the CPU kernels can serve this lookup without FBGEMM, else None."""
+        """Update rules if our own kernels can serve this lookup without FBGEMM, else None."""
         if weights is not None and weights.requires_grad:
             return None
         rules = [rows.direct_rule() for rows in self.classes if isinstance(rows, FusedRows)]
@@ -375,6 +376,7 @@ class RoutedEmbeddings(RowAccess, nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.check_intact()
+        check(self.options.device, wait=True)
         state.save(self, destination, prefix)
 
     def _load_from_state_dict(

@@ -24,7 +24,6 @@ from lightning_embcomp.kernels.update import UpdateRule
 
 WEIGHT = "weight"
 FBGEMM_EPS = 1e-8  # FBGEMM's default
-_DIRECT_OPTIONS = {"learning_rate", "eps"}
 _COUNTER_STATE = ("prev_iter", "row_counter")  # state that FBGEMM takes no preallocated buffers for
 
 

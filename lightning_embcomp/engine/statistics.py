@@ -69,11 +69,6 @@ class RowUtility:
         start = int(self.row_start[table])
         return self.values[start : start + self._rows[table]]
 
-    def mean_gain(self, table: int) -> float:
-        """What one occurrence of an id adds on average, over about the last hundred observed steps; 0 before any."""
-        total, count = self.gain[table].tolist()
-        return total / count if count else 0.0
-
     def observe(
         self,
         grad: Tensor,

@@ -144,8 +144,10 @@ def _worst(candidates: Iterable[str], costs: Mapping[str, float], excess: float)
 
 def _device_of(host: nn.Module) -> torch.device:
     """Where a module that holds tables looks them up."""
-    found = getattr(host, "device", None)
-    return found if isinstance(found, torch.device) else next(host.parameters()).device
+    # Parameters first: TorchRec's plain collections go on naming the device that they began on.
+    parameter = next(host.parameters(), None)
+    where: Any = host.device if parameter is None else parameter.device
+    return torch.device(where)
 
 
 def _rounded_rows(artefact: Artefact) -> list[str]:

@@ -61,7 +61,9 @@ def block_table(addresses: list[int], item: int, columns: ClassColumns, widths: 
     """
     run_column, run_length = columns.column.tolist(), columns.length.tolist()
     lanes = gcd(_MOST_LANES, *run_column, *run_length, *widths.tolist())
-    passes = -(-max([1, *widths.tolist()]) // (lanes * BLOCKS))
+    # Classes may be wider than every feature: those of tables that are not looked up.
+    ends = [first + count for first, count in zip(run_column, run_length, strict=True)]
+    passes = -(-max([1, *widths.tolist(), *ends]) // (lanes * BLOCKS))
     kept = np.zeros(_MOST_LANES, np.float32)
     place = np.zeros((NO_CLASS + 1, 2), np.int64)
     place[:, 0] = kept.ctypes.data

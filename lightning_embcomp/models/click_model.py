@@ -14,7 +14,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp.errors import NonFiniteLossError
-from lightning_embcomp.kernels.route.watch import report_later
+from lightning_embcomp.kernels.route.watch import check, report_later
 from lightning_embcomp.metrics import Calibration, LogLoss, NormalizedEntropy
 from lightning_embcomp.models.architectures import Architecture, build_dcn, build_deepfm, build_dlrm
 from lightning_embcomp.models.collections import EmbeddingOptimizer, Pooling, build_collection, table_configs
@@ -282,12 +282,17 @@ class ClickModel(pl.LightningModule):
                 "embedding_optimizer='none'"
             )
 
+    def on_fit_end(self) -> None:
+        """Wait for the losses that a GPU has not reported yet."""
+        check(self.device, wait=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the fused optimizer, which Lightning does not see.
+        """Add the state of the fused optimizer, which Lightning does not see; not of a model that a GPU reports lost.
 
         Args:
             checkpoint: The checkpoint to be written.
         """
+        check(self.device, wait=True)
         fused = self._fused_state()
         if fused:
             checkpoint[_FUSED_STATE_KEY] = {name: tensor.detach().clone() for name, tensor in fused.items()}

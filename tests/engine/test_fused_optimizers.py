@@ -284,6 +284,8 @@ def test_rates_by_frequency_are_refused() -> None:
         set_rates(make_engine("adam"), 0, None, "t")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedOptimizerError, match="'t' is rounded stochastically"):
         set_rates(make_engine("sgd", stochastic_rounding=True), 0, None, "t")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedOptimizerError, match="fused SGD with option 'weight_decay', which only FBGEMM"):
+        set_rates(make_engine("sgd", stochastic_rounding=False, weight_decay=0.1), 0, None, "t")  # type: ignore[arg-type]
 
 
 def test_a_budget_pays_for_both_moments() -> None:

@@ -1,7 +1,10 @@
 """Rows that move keep what they shared; everything new starts at zero."""
 
 import copy
+import gc
 import pickle
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from lightning_embcomp.engine import relocation, router
 from lightning_embcomp.engine.optimizer import FusedKind
 from lightning_embcomp.engine.plan import FixedPlan
 from lightning_embcomp.engine.routed import RoutedEmbeddings
+from lightning_embcomp.engine.row_class import FusedRows
 from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.kernels.dispatch import force_backend
 
@@ -125,6 +129,16 @@ def test_training_goes_on_in_classes_that_were_empty() -> None:
     )
 
 
+def held(engine: RoutedEmbeddings, optimizers: list[Any]) -> Iterator[torch.Tensor]:
+    """Storage of fused rows, and state per weight of the user's optimizers."""
+    for rows in engine.classes:
+        if isinstance(rows, FusedRows):
+            yield from (storage.tensor for storage in rows.storages().values() if storage.tensor.numel())
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if value.dim() and value.numel())
+
+
 @pytest.mark.parametrize("slab", [64, 1 << 17])
 @pytest.mark.parametrize("kind", [*KINDS, None])
 def test_rows_that_wait_in_host_memory_arrive_the_same(
@@ -140,7 +154,21 @@ def test_rows_that_wait_in_host_memory_arrive_the_same(
     first = engines[0].move(plan_of(random_codes(7)), optimizers[0])
     monkeypatch.setattr(router, "SLAB", slab)
     monkeypatch.setattr(relocation, "stages", lambda device: True)
-    assert engines[1].move(plan_of(random_codes(7)), optimizers[1]) == first
+    old = [weakref.ref(tensor) for tensor in held(engines[1], optimizers[1])]
+    assert old
+    carried, alive = relocation.carried, []
+
+    def watched(*args: Any) -> Any:
+        alive.append(sum(tensor() is not None for tensor in old))
+        return carried(*args)
+
+    monkeypatch.setattr(relocation, "carried", watched)
+    gc.disable()
+    try:
+        assert engines[1].move(plan_of(random_codes(7)), optimizers[1]) == first
+    finally:
+        gc.enable()
+    assert alive and not any(alive)  # all old rows and their state are gone before the first new ones come
     assert_same_state(snapshot(engines[0]), snapshot(engines[1]))
     for rows, others in zip(engines[0].classes, engines[1].classes, strict=True):
         for name, storage in rows.storages().items():

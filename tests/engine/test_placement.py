@@ -28,6 +28,7 @@ from lightning_embcomp.engine import relocation, row_class
 from lightning_embcomp.engine.cached_rows import CachedRows, StaleCacheError
 from lightning_embcomp.engine.optimizer import FusedKind, FusedOptimizerSpec, UnsupportedOptimizerError
 from lightning_embcomp.engine.placement import CacheSettings, Placement, RowPlacement
+from lightning_embcomp.engine.rates import set_rates
 from lightning_embcomp.engine.routed import RoutedEmbeddings, RoutedOptions
 from lightning_embcomp.engine.row_class import FusedRows
 from lightning_embcomp.installation import install
@@ -361,6 +362,8 @@ def test_types_of_rows_that_torchrec_would_shard_are_refused(data_type: DataType
 
 
 def test_rows_with_rates_of_their_own_go_around_the_cache(cached: RoutedEmbeddings) -> None:
+    with pytest.raises(UnsupportedOptimizerError, match="'t' has placement='managed_caching' on cuda:0, where FBGEMM"):
+        set_rates(cached, 0, None, "t")  # type: ignore[arg-type]
     cached.counting.rates[0] = None  # type: ignore[assignment]
     with pytest.raises(UnsupportedOptimizerError, match="step sizes of their own cannot be trained with placement='m"):
         cached(*batch(0))
@@ -415,3 +418,16 @@ def test_what_a_callback_cannot_place_is_refused() -> None:
     trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, callbacks=[managed], enable_checkpointing=False)
     with pytest.raises(SetupError, match="placement='managed' is memory that a GPU shares with its host, but this run"):
         managed.setup(trainer, Model(), "fit")
+
+
+def test_rows_that_have_a_place_already_keep_it() -> None:
+    """In host memory a placement means nothing."""
+    model = Model()
+    put_in(model, DimensionPruning(target=0.5, tables="a"))
+    managed = DimensionPruning(target=0.5, tables="a", placement="managed")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    install(trainer, model, find_hosts(model), [managed])
+    trainer.strategy._root_device = GPU  # type: ignore[attr-defined]
+    install(trainer, model, find_hosts(model), [DimensionPruning(target=0.5, tables="a")])
+    with pytest.raises(SetupError, match="'bags' were made for placement='device', but placement='managed' is asked"):
+        install(trainer, model, find_hosts(model), [managed])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_embcomp.export import ExportError, ExportOptions, NEGuardError, export_module, load_model, read
 from lightning_embcomp.export.evaluation import evaluate
 from lightning_embcomp.models import ClickModel
+from lightning_embcomp.tables import find_hosts
 
 from .pipeline import ROWS, Clicks, built_model, click_model, compressed, precision_of
 
@@ -103,6 +104,16 @@ def test_tables_rounded_in_training_cost_nothing(tmp_path: Path) -> None:
     options = ExportOptions(max_ne_loss=1e-6, strict=True)
     report = export_module(source, tmp_path / "out", options, batches=batches())
     assert report.guard is not None and report.guard.max_logit_difference < 2e-6
+
+
+def test_lookups_happen_where_the_rows_are(tmp_path: Path) -> None:
+    """TorchRec's collections name the device they began on, also when they were moved or allocated since."""
+    source = sensitive_model()
+    for host in find_hosts(source):
+        host.module._device = torch.device("meta")  # type: ignore[assignment]
+        assert host.module.device.type == "meta"
+    report = export_module(source, tmp_path / "out", ExportOptions(max_ne_loss=10.0), batches=batches())
+    assert report.guard is not None and report.guard.ne_after == pytest.approx(entropy(source)[0], rel=1e-2)
 
 
 def test_modes_are_restored() -> None:

@@ -22,7 +22,7 @@ def state(n: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor | None, Tens
         grad,
         residual if kind in ("ec", "econtrol") else None,
         estimate if kind in ("ef21", "econtrol") else None,
-        0.3 if kind == "econtrol" else 1.0,
+        0.9 if kind == "econtrol" else 1.0,  # of 1 - 0.9 it matters when it is rounded to float32
     )
 
 

@@ -70,6 +70,15 @@ def test_sums(width: int, runs: list[list[tuple[int, int]]], lanes: int, dtype: 
     np.testing.assert_allclose(found.numpy(), np.array(wanted), rtol=1e-5, atol=1e-6)
 
 
+def test_classes_may_be_wider_than_all_features() -> None:
+    """Those of tables that no feature looks up."""
+    columns = columns_of([[(0, 8)], [(0, 64)]])
+    tables = [torch.arange(8.0).view(1, 8), torch.ones(1, 64)]
+    routes = IdRoutes(row_class=torch.zeros(1, dtype=torch.uint8), slot=torch.zeros(1, dtype=torch.int32))
+    found = cpu.pool(tables, routes, torch.tensor([0, 1]), None, one_feature(1, 8), columns)
+    assert found.tolist() == [list(range(8))]
+
+
 def test_an_infinite_weight_leaves_columns_that_are_not_stored_alone() -> None:
     columns = columns_of([[(0, 4)], [(0, 8)]])
     tables = [torch.ones(1, 4), torch.ones(1, 8)]

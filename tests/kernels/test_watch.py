@@ -65,7 +65,18 @@ def test_waiting_brings_the_first_error(arrivals: list[Arrival]) -> None:
     watch.check(GPU, wait=True)
 
 
+def test_nothing_is_said_of_a_run_that_ended_by_another_error(arrivals: list[Arrival]) -> None:
+    watch.forget(torch.device("cpu"))
+    assert watch._waiting[GPU]
+    watch.forget(GPU)
+    watch.check(GPU, wait=True)
+
+
 def test_on_a_cpu_the_answer_is_there_at_once() -> None:
     watch.report(findings(watch.NEVER, 0))
     with pytest.raises(IdOutOfRangeError, match="id 21 of feature 0 at position 3"):
         watch.report(findings(3, 21))
+
+
+def test_nothing_is_late_on_a_cpu() -> None:
+    watch.check(torch.device("cpu"), wait=True)

@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from lightning_embcomp import DimensionPruning, NonFiniteLossError
 from lightning_embcomp import callback as callback_module
-from lightning_embcomp.engine import extent
+from lightning_embcomp.engine import extent, routed
 from lightning_embcomp.engine.routed import RoutedEmbeddings
 from lightning_embcomp.kernels.route import watch
 from lightning_embcomp.models import ClickModel, click_model
@@ -88,3 +88,27 @@ def test_what_a_gpu_reports_late_names_its_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(heard[0].args[0], "item", lambda: float("nan"), raising=False)
     with pytest.raises(NonFiniteLossError, match="the loss was nan at step 0, and the tables have been updated"):
         heard[0](1)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_end", "on_validation_end", "on_test_end", "on_predict_end"])
+def test_what_is_late_comes_before_the_end(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, callback = compressed("dlrm")
+    heard: list[tuple[torch.device, bool]] = []
+    monkeypatch.setattr(callback_module, "check", lambda device, wait: heard.append((device, wait)))
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    trainer.strategy._root_device = GPU  # type: ignore[attr-defined]
+    getattr(callback, hook)(trainer, model)
+    assert heard == [(GPU, True)]
+
+
+def test_what_is_late_comes_before_tables_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Lightning asks no callback: for the weights alone."""
+    model, _ = compressed("dlrm")
+    heard: list[tuple[torch.device, bool]] = []
+    for module in (routed, click_model):
+        monkeypatch.setattr(module, "check", lambda device, wait: heard.append((device, wait)))
+    model.state_dict()
+    assert heard == [(torch.device("cpu"), True)]
+    model.on_save_checkpoint({})
+    model.on_fit_end()
+    assert heard == [(torch.device("cpu"), True)] * 3

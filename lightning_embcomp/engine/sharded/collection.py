@@ -41,6 +41,7 @@ from lightning_embcomp.engine.sharded.means import averaged, bag_lengths, summed
 from lightning_embcomp.engine.sharded.norms import GradientNorms
 from lightning_embcomp.engine.sharded.parts import COLUMN_WISE, check_plan, local_tables
 from lightning_embcomp.engine.sharded.whole import WholeReader
+from lightning_embcomp.kernels.route.watch import check
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class ShardedRoutedBags(EngineHost, ShardedEmbeddingBagCollection):
 
         See :mod:`lightning_embcomp.engine.sharded.storage`.
         """
+        check(self.options.device, wait=True)
         return storage.distributed_state(self)
 
     def load_distributed_state(self, prefix: str, reader: storage.Reader) -> None:

@@ -91,13 +91,15 @@ def check(device: torch.device, *, wait: bool = False) -> None:
     """Raise for the first bad id of earlier batches.
 
     Args:
-        device: A GPU.
+        device: A GPU; on other devices nothing is late.
         wait: Whether to wait for lookups that are still running.
 
     Raises:
         IdOutOfRangeError: If there was one; errors of :func:`report_later` as well.
     """
-    waiting = _waiting[device if device.index is not None else torch.device(device.type, torch.cuda.current_device())]
+    if device.type != "cuda":
+        return
+    waiting = _waiting[_indexed(device)]
     while waiting and not capturing(device):
         raise_for, answer, event = waiting[0]
         if wait:
@@ -110,6 +112,20 @@ def check(device: torch.device, *, wait: bool = False) -> None:
         except BaseException:
             waiting.clear()  # what followed belongs to the run that ends here
             raise
+
+
+def forget(device: torch.device) -> None:
+    """Drop what is still to be reported: it belongs to a run that has ended by another error.
+
+    Args:
+        device: A GPU; on other devices nothing is late.
+    """
+    if device.type == "cuda":
+        _waiting.pop(_indexed(device), None)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
 
 
 def _raise_for(findings: Findings, position: int) -> None:

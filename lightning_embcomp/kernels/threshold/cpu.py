@@ -22,6 +22,7 @@ def _select(
     estimate: Any,
     factor: Any,
     gain: Any,
+    rest: Any,
     threshold: Any,
     indices: Any,
     values: Any,
@@ -32,7 +33,6 @@ def _select(
 
     Residual and estimate are arrays or None; the kernel is compiled for each of the four kinds of message.
     """
-    rest = np.float32(1.0) - gain
     for chunk in numba.prange(chunks.shape[0] - 1):
         written = chunks[chunk]
         end = chunks[chunk + 1]
@@ -83,6 +83,7 @@ def select_large(
         None if estimate is None else estimate.numpy(),
         np.float32(factor),
         np.float32(gain),
+        np.float32(1.0 - gain),  # rounded once, as in the other twins
         np.float32(threshold),
         indices.numpy(),
         values.numpy(),

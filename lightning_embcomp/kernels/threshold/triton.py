@@ -35,6 +35,7 @@ def _message(
     estimate,
     factor,
     gain,
+    rest,
     i,
     there,
     has_residual: tl.constexpr,
@@ -51,7 +52,7 @@ def _message(
             kept += message
             tl.store(residual + i, kept, there)
         if has_estimate:
-            message = gain * kept + (1.0 - gain) * message
+            message = gain * kept + rest * message
         else:
             message = kept
     return message
@@ -66,6 +67,7 @@ def _add_and_count(
     peaks,
     factor,
     gain,
+    rest,
     threshold,
     n,
     has_residual: tl.constexpr,
@@ -75,7 +77,7 @@ def _add_and_count(
 ):
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     there = i < n
-    message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, adds)
+    message = _message(grad, residual, estimate, factor, gain, rest, i, there, has_residual, has_estimate, adds)
     large = there & ((tl.abs(message) < tl.load(threshold)) == 0)  # what is not a number among them
     tl.store(counts + tl.program_id(0), tl.sum(large.to(tl.int64), 0))
     # Magnitudes have the order of their bits, in which infinity and then NaN are above all numbers.
@@ -94,6 +96,7 @@ def _pack(
     values,
     factor,
     gain,
+    rest,
     threshold,
     n,
     capacity,
@@ -106,7 +109,7 @@ def _pack(
     if (selected > 0) & (first < capacity):
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         there = i < n
-        message = _message(grad, residual, estimate, factor, gain, i, there, has_residual, has_estimate, False)
+        message = _message(grad, residual, estimate, factor, gain, rest, i, there, has_residual, has_estimate, False)
         large = there & ((tl.abs(message) < tl.load(threshold)) == 0)
         at = first + tl.cumsum(large.to(tl.int64), 0) - 1
         tl.store(indices + at, i.to(tl.int32), large & (at < capacity))
@@ -177,6 +180,7 @@ def _add(
             peaks,
             factor,
             gain,
+            1.0 - gain,
             threshold,
             grad.numel(),
             residual is not None,
@@ -212,6 +216,7 @@ def _write(
             values,
             factor,
             gain,
+            1.0 - gain,
             threshold,
             grad.numel(),
             indices.numel(),

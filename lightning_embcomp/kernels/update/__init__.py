@@ -51,7 +51,7 @@ def update_rows(
     :class:`~lightning_embcomp.kernels.count.rows.RowCounts` for tables that have a gain.
 
     Args:
-        tables: Weights of each class, float32 ``(rows, width)``, changed in place.
+        tables: Weights of each class, float32 or float16 ``(rows, width)``, changed in place.
         states: State of each class: None, ``(rows,)`` or ``(rows, width)``, float32, changed in place.
         rules: Optimizer and rates of each class; the optimizer is the same for all.
         grad: Gradient of the pooled output, float32 of ``layout.shape``.

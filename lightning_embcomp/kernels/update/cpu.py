@@ -22,6 +22,7 @@ from lightning_embcomp.kernels.count.rows import RowCounts
 from lightning_embcomp.kernels.intrinsics import load_f32, load_weight, prefetch_address, store_f32, store_weight
 from lightning_embcomp.kernels.types import NO_CLASS, BagLayout, ClassColumns, IdRoutes
 from lightning_embcomp.kernels.update.moments import cpu as moments
+from lightning_embcomp.kernels.update.moments.groups import buckets_for, feature_groups
 from lightning_embcomp.kernels.update.rule import UpdateRule
 
 _KINDS = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2}
@@ -74,25 +75,8 @@ def _update(
     counted = counter.shape[0] > 0
     weighted = weights.shape[0] > 0
     features = table_of.shape[0]
-    # Features that look up the same table are grouped together; other tables have no row in common.
-    last_feature = np.zeros(table_of.max() + 1, np.int64)
-    for feature in range(features):
-        last_feature[table_of[feature]] = feature
-    group_end = np.empty(features, np.int64)
-    most_ids = 0
-    first_feature = 0
-    while first_feature < features:
-        end_feature = first_feature
-        feature = first_feature
-        while feature <= end_feature:
-            end_feature = max(end_feature, last_feature[table_of[feature]])
-            feature += 1
-        group_end[first_feature] = feature
-        most_ids = max(most_ids, offsets[bag_start[feature]] - offsets[bag_start[first_feature]])
-        first_feature = feature
-    most_buckets = 16
-    while most_buckets < 2 * most_ids:
-        most_buckets *= 2
+    group_end, most_ids = feature_groups(table_of, bag_start, offsets)
+    most_buckets = buckets_for(most_ids)
     for thread in numba.prange(threads):
         bucket_row = np.empty(most_buckets, np.int32)
         row_key = np.empty(most_ids, np.int64)
@@ -110,10 +94,7 @@ def _update(
             end_feature = group_end[first_feature]
             feature = first_feature
             first_id = np.int64(offsets[bag_start[first_feature]])
-            ids = offsets[bag_start[end_feature]] - first_id
-            buckets = 16
-            while buckets < 2 * ids:  # half empty even if every row falls to one thread
-                buckets *= 2
+            buckets = buckets_for(np.int64(offsets[bag_start[end_feature]]) - first_id)
             mask = np.uint64(buckets - 1)
             bucket_row[:buckets] = -1
             rows = 0

@@ -47,8 +47,8 @@ class Bucket:
         indices: Positions in the bucket of all selected entries, int32.
         message: What this worker sends.
         whole: What dense parameters of a thresholded bucket become, in one tensor.
-        held: What collectives and a second stream may still read: kept until the backward pass is over, since its own
-            stream would reuse the memory at once.
+        held: What collectives and a second stream of a GPU may still read: kept until the backward pass is over, since
+            its own stream would reuse the memory at once.
         header: Headers of all workers.
         header_work: Their exchange.
         whole_work: Exchange of dense parameters, or of the whole buffer.

@@ -310,7 +310,8 @@ class GradientExchange:
         longest = max(encoded_bytes(entries, numel, self._value_type) for entries, _ in contents)
         data = torch.nn.functional.pad(message.data, (0, longest - message.data.numel()))
         arrived = data.new_empty(self._world * longest)
-        bucket.held += [data, arrived]
+        if data.device.type != "cpu":
+            bucket.held += [data, arrived]
         traffic.selection_seconds += time.perf_counter() - started
         work = self._issue(_all_gather, arrived, data)
         traffic.moved(all_gather_bytes(longest, self._world))

@@ -58,7 +58,8 @@ class RowQuantizer(RowValues):
         for number in range(max(self._features) + 1):
             mine = [f for f, n in enumerate(self._features) if n == number and self.groups.has(self._tables[f])]
             tables = [self.groups.parts[self._tables[f]].table for f in mine]
-            found.append((torch.tensor(mine, device=device), torch.tensor(tables, device=device)))
+            features, of_tables = (torch.tensor(part, dtype=torch.int64, device=device) for part in (mine, tables))
+            found.append((features, of_tables))
         return found
 
     @property

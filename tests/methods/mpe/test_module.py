@@ -25,18 +25,19 @@ WIDTHS = (0, 2, 4, 8)
 
 
 def make(
-    mean: tuple[bool, ...] = (False, False, False),
+    mean: tuple[bool, ...] | None = None,
     dims: tuple[int, ...] = DIMS,
     fused: bool = True,
     owned: tuple[int, ...] = (0, 2),
     unordered: bool = False,
+    feature_tables: tuple[int, ...] | None = None,
     **settings: Any,
 ) -> tuple[RoutedEmbeddings, RowQuantizer]:
     """An engine of three tables, of which two are rounded to random widths."""
     torch.manual_seed(0)
     tables = [LogicalTable(name=f"t{i}", rows=n, dim=d) for i, (n, d) in enumerate(zip(ROWS, dims, strict=True))]
     optimizer = FusedOptimizerSpec(kind="sgd", options={"learning_rate": 1.0}) if fused else None
-    engine = RoutedEmbeddings(tables, mean=mean, options=RoutedOptions(optimizer=optimizer))
+    engine = RoutedEmbeddings(tables, feature_tables, mean, RoutedOptions(optimizer=optimizer))
     engine.move(FixedPlan([1, 1, 1]))
     for t, table in enumerate(tables):
         engine.initialise(t, lambda rows: torch.nn.init.normal_(rows, std=0.3))
@@ -174,6 +175,21 @@ def test_search_measures_the_squared_change_of_each_sample() -> None:
             rounded = (row / step).round().clamp(-half, half - 1) * step if width else torch.zeros(8)
             wanted[group, k] += float((grad[sample, :8] * (rounded - row)).sum()) ** 2 * 3
     torch.testing.assert_close(quantizer.state.error, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("owned", [(0, 2), (2,)])
+def test_magnitudes_follow_every_feature_in_turn(owned: tuple[int, ...]) -> None:
+    """Two features of one table move its magnitude twice; tables that are not rounded may have more features."""
+    engine, quantizer = make(dims=(8, 8, 8), owned=owned, feature_tables=(0, 1, 2, 1, 2, 1))
+    engine.train()
+    ids, offsets = torch.arange(18), torch.arange(19)
+    wanted = quantizer.state.magnitude.double()
+    for f, t in enumerate(engine.feature_tables):
+        if t in owned:
+            rows = engine.read_rows(t, 0, ROWS[t])[3 * f : 3 * f + 3]
+            wanted[t] = 0.99 * wanted[t] + 0.01 * rows.abs().double().mean()
+    engine(ids, offsets).sum().backward()
+    torch.testing.assert_close(quantizer.state.magnitude.double(), wanted, rtol=1e-6, atol=0.0)
 
 
 def test_rows_of_width_zero_are_freed() -> None:
