@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from docs.hooks import ROOT, checks, growth, peers
+from docs.hooks import ROOT, checks, growth, peers, speed
 
 _RESULTS = ROOT / "benchmarks" / "results"
 _IMAGES = ROOT / "docs" / "images"
@@ -76,10 +76,7 @@ def others() -> str:
         if path.stem in _TABLES:
             continue
         found = load(path.stem)
-        if path.stem in _BELOW:
-            tables = [_BELOW[path.stem](found)]
-        else:
-            tables = [f"{title}\n\n{table(rows)}" if title else table(rows) for title, rows in flat_lists(found)]
+        tables = [f"{title}\n\n{table(rows)}" if title else table(rows) for title, rows in flat_lists(found)]
         parts.append("\n\n".join([f"### {path.stem}", *tables, provenance(path.stem, found)]))
     return "\n\n".join(parts)
 
@@ -295,50 +292,6 @@ def _dct(found: Row) -> str:
     )
 
 
-def _speed(found: Row) -> str:
-    lookups = [
-        {
-            "tables": row["tables"],
-            "rows × columns": f"{cell(row['rows'])} × {row['dim']}",
-            "ids per bag": row["pooling"],
-            "batch": row["batch"],
-            "share of the bytes": f"{row['bytes_share']:.0%}",
-            "plain, ms": f"{row['plain_ms']:.2f}",
-            "ratio to plain": f"{row['ratio']:.2f}",
-        }
-        for row in found["embedding"]
-    ]
-    steps = [
-        {
-            "model": row["model"],
-            "columns": row["dim"],
-            "batch": row["batch"],
-            "target": row["target"],
-            "ratio of a step": f"{row['ratio']:.2f}",
-            "with events": f"{row['ratio_with_events']:.2f}",
-        }
-        for row in found["step"]
-    ]
-    events = [
-        {
-            "rows × columns": f"{cell(row['rows'])} × {row['dim']}",
-            "seconds": f"{row['seconds']:.2f}",
-            "extra peak, MB": f"{row['extra_peak_bytes'] / 1e6:.1f}",
-        }
-        for row in found["event"]
-    ]
-    return "\n\n".join(
-        [
-            "Lookup, backward and update:",
-            table(lookups),
-            "A whole training step:",
-            table(steps),
-            "A pruning event:",
-            table(events),
-        ]
-    )
-
-
 def _memory(found: Row) -> str:
     return table(
         [
@@ -440,9 +393,9 @@ _TABLES: dict[str, Callable[[Any], str]] = {
     "precision": _precision,
     "profile": lambda found: _joined(growth.profile(found)),
     "quality": _quality,
+    "scale": lambda found: _joined(growth.scale(found)),
     "serving": _serving,
-    "speed-1-threads": _speed,
+    "speed-1-threads": lambda found: _joined(speed.speed(found)),
+    "speed-2-threads": lambda found: _joined(speed.speed(found)),
     "strategy": _strategy,
 }
-_BELOW: dict[str, Callable[[Any], str]] = {"scale": lambda found: _joined(growth.scale(found))}
-"""Files that take long to make and may be missing: they stand among the others if they are there."""

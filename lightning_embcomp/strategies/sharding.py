@@ -63,7 +63,8 @@ def shard_in_place(
             for weight in module.parameters():
                 if hasattr(weight, "_optimizer_kwargs"):
                     weight._optimizer_kwargs = [dict(kwargs) for kwargs in weight._optimizer_kwargs]
-            with nullcontext() if shardable.sharder is not None else _left_alone(module):
+            on_meta = any(weight.is_meta for weight in module.parameters())
+            with _left_alone(module) if on_meta and shardable.sharder is None else nullcontext():
                 sharded: nn.Module = sharder.shard(module, module_plan, env, device, path)
             mark_sharded(sharded)
             if not getattr(sharder, "carries_weights", False):
@@ -77,7 +78,7 @@ def shard_in_place(
 
 @contextmanager
 def _left_alone(module: nn.Module) -> Iterator[None]:
-    """Keep TorchRec from copying whole tables, which may be on the meta device, whatever the module says of itself."""
+    """Keep TorchRec from copying tables on the meta device, whatever the module says of its device."""
     device = module.__dict__.get("_device")
     try:
         if device is not None:
