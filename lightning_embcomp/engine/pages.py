@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from functools import cache
 
 from torch import Tensor
 
@@ -30,7 +31,11 @@ def release_prefix(tensor: Tensor, elements: int) -> None:
     end = (tensor.data_ptr() + elements * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if end <= begin:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED) != 0:
+    if _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED) != 0:
         error = ctypes.get_errno()
         raise OSError(error, "madvise could not release the pages of moved rows")
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

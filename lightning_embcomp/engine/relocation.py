@@ -55,6 +55,7 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
     columns = tensors_on(engine.columns, place) if unified else engine.columns
     after = [rows.allocate(n, place) for rows, n in zip(engine.classes, class_rows, strict=True)]
     next_slot = torch.zeros(len(engine.classes), dtype=torch.int64)
+    done = [0] * len(engine.classes)
     plan.begin()
     for t, table in enumerate(engine.tables):
         class_of_code = engine.router.tensors.class_of_code[t]
@@ -74,7 +75,8 @@ def relocate(engine: RoutedEmbeddings, plan: RowPlan, optimizers: Sequence[torch
             _move(old, new, class_of_code, columns, before, into)
             if staged:
                 _fetch(into, after, first.tolist(), next_slot.tolist())
-            _release(old, class_of_code, before)
+            else:
+                _release(old[0], class_of_code, done, before)
     if staged or unified:
         before.clear()
         for rows in engine.classes:  # all old rows go before the first new ones come
@@ -168,18 +170,24 @@ def _count(engine: RoutedEmbeddings, plan: RowPlan) -> tuple[Tensor, MoveSummary
     )
 
 
-def _release(old: tuple[Tensor, Tensor], class_of_code: Tensor, before: Sequence[Mapping[str, Storage]]) -> None:
-    """Give back the pages of old storage that the rows of this slab were the last to need."""
-    codes, slots = old
-    for code in range(1, class_of_code.numel()):
-        row_class = int(class_of_code[code])
-        if row_class < 0:
+def _release(codes: Tensor, class_of_code: Tensor, done: list[int], before: Sequence[Mapping[str, Storage]]) -> None:
+    """Give back the pages of old storage that the rows of this slab were the last to need.
+
+    Args:
+        codes: Old codes of the slab.
+        class_of_code: Of its table.
+        done: Rows of each class that were moved before, whose slots come first, since slots rise with the rows; those
+            of the slab are added.
+        before: Old storage of each class.
+    """
+    rows = torch.bincount(codes, minlength=class_of_code.numel()).tolist()
+    for row_class, moved in zip(class_of_code.tolist()[1:], rows[1:], strict=True):
+        if row_class < 0 or not moved:
             continue
-        done = int(torch.where(codes == code, slots, -1).max()) + 1
-        if done == 0:
-            continue
+        done[row_class] += moved
         for storage in before[row_class].values():
-            release_prefix(storage.tensor, done if storage.rowwise else done * storage.tensor.shape[1])
+            stored = 1 if storage.rowwise else storage.tensor.shape[1]
+            release_prefix(storage.tensor, done[row_class] * stored)
 
 
 def _named(storages: Sequence[Mapping[str, Storage]], name: str) -> list[Tensor | None]:
