@@ -74,9 +74,11 @@ def find_mismatch(versions: Mapping[str, str | None]) -> str | None:
         return _with_mend(problem, torch, "fbgemm-gpu-cpu", first="pip uninstall -y fbgemm-gpu")
     for_torch, for_fbgemm = _cuda(torch), _cuda(cuda or "")
     if for_torch and for_fbgemm and for_torch != for_fbgemm:
-        problem = f"fbgemm-gpu {cuda} and torch {torch} are built for different releases of CUDA"
-        index = f" --index-url https://download.pytorch.org/whl/{for_torch}"
-        return _with_mend(problem, torch, "fbgemm-gpu", first="pip uninstall -y fbgemm-gpu", index=index)
+        problem = (
+            f"fbgemm-gpu {cuda} and torch {torch} are built for different releases of CUDA: both must come from"
+            f" PyTorch's own package index of {for_torch} (--index-url)"
+        )
+        return _with_mend(problem, torch, "fbgemm-gpu", first="pip uninstall -y fbgemm-gpu")
     known_torchrec, known_fbgemm = KNOWN_STACKS[_release(torch)]
     if _release(fbgemm) != known_fbgemm:
         problem = f"{fbgemm_name} {fbgemm} does not load beside torch {torch}, which needs {fbgemm_name} {known_fbgemm}"
@@ -114,16 +116,14 @@ def _cuda(version: str) -> str:
     return local if local.startswith("cu") else ""
 
 
-def _with_mend(
-    problem: str, torch: str | None, fbgemm_name: str | None, first: str | None = None, index: str = ""
-) -> str:
+def _with_mend(problem: str, torch: str | None, fbgemm_name: str | None, first: str | None = None) -> str:
     release = _release(torch) if torch is not None else ""
     if release not in KNOWN_STACKS:
         release = list(KNOWN_STACKS)[-1]
     torchrec, fbgemm = KNOWN_STACKS[release]
     commands = [
         *([first] if first else []),
-        f'pip install{index} "torch=={release}.*" "{fbgemm_name or "fbgemm-gpu-cpu"}=={fbgemm}.*"',
+        f'pip install "torch=={release}.*" "{fbgemm_name or "fbgemm-gpu-cpu"}=={fbgemm}.*"',
         # Its metadata asks for a CUDA fbgemm of any version.
         f'pip install --no-deps "torchrec=={torchrec}.*"',
     ]
