@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.graphs import capturing, keep_for_graph
+from lightning_embcomp.kernels.transfer import on_device
 from lightning_embcomp.kernels.types import BagLayout
 
 
@@ -78,16 +79,6 @@ class FeatureShapes:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return on_device(torch.tensor([int(value) for value in values], dtype=torch.int64), self.device)
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on a device; the host does not wait for a GPU.
-
-    Args:
-        tensor: In host memory.
-        device: Where it goes.
-    """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pooled_layout(shapes: FeatureShapes, batch_size: int) -> BagLayout:

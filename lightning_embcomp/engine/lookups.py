@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_embcomp.engine.bag_layout import on_device
 from lightning_embcomp.engine.bags import owners
 from lightning_embcomp.engine.row_class import FusedRows
 from lightning_embcomp.engine.statistics import RowUtility
@@ -18,6 +17,7 @@ from lightning_embcomp.kernels.assemble import assemble, disassemble
 from lightning_embcomp.kernels.count import RowCounts, row_gains
 from lightning_embcomp.kernels.pool import pool
 from lightning_embcomp.kernels.route import find
+from lightning_embcomp.kernels.transfer import on_device
 from lightning_embcomp.kernels.types import BagLayout, RoutedBatch
 from lightning_embcomp.kernels.update import UpdateRule, update_rows
 
@@ -173,9 +173,9 @@ class ScaleRowGradients(torch.autograd.Function):
         grad = grads[0]
         multipliers = multipliers.to(grad.dtype)
         if grad.is_sparse:
-            by_slot = multipliers.new_empty(grad.shape[0])  # read where it is written only
-            by_slot[slots] = multipliers
-            values = grad._values() * by_slot[grad._indices()[0]].unsqueeze(1)
+            rising, order = slots.sort()
+            of_row = order[torch.searchsorted(rising, grad._indices()[0])]
+            values = grad._values() * multipliers[of_row].unsqueeze(1)
             scaled = torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
             return scaled, None, None
         # In place: the lookup is the only reader of what forward returned, so nobody else holds this gradient. A row

@@ -6,6 +6,5 @@ device through :mod:`lightning_embcomp.kernels.dispatch`.
 
 On CUDA nothing that runs in every step waits for the device, except functions whose result has a size that depends on
 values (:func:`~lightning_embcomp.kernels.route.route`, :func:`~lightning_embcomp.kernels.threshold.select_large`),
-which have a twin of fixed size beside them. ``decide`` and ``relocate`` run at rare pruning events, over slabs of
-rows: there the plain twin runs on the device.
+which have a twin of fixed size beside them.
 """

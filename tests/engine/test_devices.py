@@ -120,10 +120,11 @@ def test_a_graph_must_not_repeat_the_number_of_a_step(
         grad = torch.empty(8, engine.output_dim, device=GPU)
         ids, offsets = given.ids.to(GPU), given.offsets.to(GPU)
         routes = IdRoutes(row_class=ids.to(torch.uint8), slot=ids.to(torch.int32))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         tables, rules = engine.split_embedding_weights(), engine._direct_rules(None)
         assert rules is not None
         rest = (grad, routes, offsets, None, pooled_layout(engine.features, 8), engine.columns)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="the step number of fused adam: capture the dense part only"):
             update_rows(tables, tables, rules, *rest)
 

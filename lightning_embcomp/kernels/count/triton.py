@@ -30,6 +30,7 @@ from lightning_embcomp.kernels.count.encoding import (
 )
 from lightning_embcomp.kernels.count.rows import RowCounts
 from lightning_embcomp.kernels.occurrences.triton import sort_rows
+from lightning_embcomp.kernels.transfer import on_device
 from lightning_embcomp.kernels.triton import constant, count_at_most, steps_for
 from lightning_embcomp.kernels.types import BagLayout
 
@@ -139,13 +140,6 @@ def _gains(
     wanted = tl.load(gain + table, there, other=0.0)
     multiplier = (wanted / tl.sqrt(count)).to(tl.float32)
     tl.store(out + i, tl.where((kind != 0) & (wanted > 0.0), multiplier, 1.0), there)
-
-
-def on_device(field: Tensor, device: torch.device) -> Tensor:
-    """Copy of a field of the counts that the host sets; the host does not wait."""
-    if device.type != "cuda":
-        return field
-    return field.pin_memory().to(device, non_blocking=True)
 
 
 def log_values(device: torch.device) -> Tensor:

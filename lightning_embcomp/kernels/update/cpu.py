@@ -25,7 +25,6 @@ from lightning_embcomp.kernels.update.moments import cpu as moments
 from lightning_embcomp.kernels.update.moments.groups import buckets_for, feature_groups
 from lightning_embcomp.kernels.update.rule import UpdateRule
 
-_KINDS = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2}
 _AHEAD = 12
 _LINE = 64
 _IDS_PER_THREAD = 8192
@@ -252,7 +251,7 @@ def update_rows(
         tables[0].element_size(),
         np.array([table.data_ptr() for table in tables], np.int64),
         np.array([0 if state is None else state.data_ptr() for state in states], np.int64),
-        _KINDS[rules[0].kind],
+        rules[0].number,
         np.array([rule.learning_rate for rule in rules], np.float32),
         np.float32(rules[0].eps),
         gradient.data_ptr(),

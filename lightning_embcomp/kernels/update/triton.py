@@ -22,8 +22,10 @@ from torch import Tensor
 
 from lightning_embcomp.kernels.count.encoding import STEP_FACTOR
 from lightning_embcomp.kernels.count.rows import RowCounts
-from lightning_embcomp.kernels.count.triton import count_rows, decode, log_values, on_device
+from lightning_embcomp.kernels.count.triton import count_rows, decode, log_values
+from lightning_embcomp.kernels.graphs import capturing
 from lightning_embcomp.kernels.occurrences.triton import sort_slots, trace_gradients
+from lightning_embcomp.kernels.transfer import on_device
 from lightning_embcomp.kernels.triton import (
     TYPES,
     addresses,
@@ -252,11 +254,10 @@ def update_rows(
         count_rows(counts, logical, offsets, layout)
     if not n:
         return
-    if (rules[0].has_moments or rules[0].stochastic_rounding) and grad.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"a CUDA graph would repeat the step number of fused {rules[0].kind}: capture the dense part only"
-            )
+    if (rules[0].has_moments or rules[0].stochastic_rounding) and capturing(device):
+        raise RuntimeError(
+            f"a CUDA graph would repeat the step number of fused {rules[0].kind}: capture the dense part only"
+        )
     widths, runs = widths_and_runs(columns)
     grad = grad.detach().contiguous()
     source, scale = trace_gradients(offsets.contiguous(), weights, layout, grad.stride(0), n)

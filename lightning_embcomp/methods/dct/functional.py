@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_embcomp.kernels.threshold import SMALLEST, kth_largest
+from lightning_embcomp.kernels.transfer import on_device
 
 _TAIL = 400
 """Samples above the threshold that are enough: the standard deviation of their number is 5 % of it."""
@@ -139,7 +140,7 @@ def _sampled_sizes(
     if n > samples:
         source = torch.Generator().manual_seed(seed)
         samples = min(samples, -(-_TAIL * n // wanted))
-        chosen = sent_to(grad.device, torch.randint(n, (samples,), generator=source))
+        chosen = on_device(torch.randint(n, (samples,), generator=source), grad.device)
         grad, residual, estimate = (part if part is None else part[chosen] for part in (grad, residual, estimate))  # type: ignore[assignment]
     change = grad * factor if estimate is None else grad * factor - estimate
     size = change
@@ -147,13 +148,6 @@ def _sampled_sizes(
         # In the order of the kernel's operations, so that the entry at the threshold is at the threshold there as well.
         size = residual + change if gain == 1.0 else gain * (residual + change) + (1.0 - gain) * change
     return size.abs()
-
-
-def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copy a tensor of the host to a device, by way of pinned memory, so that the host need not wait."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, float]:

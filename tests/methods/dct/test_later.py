@@ -182,7 +182,7 @@ def far_away(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(FakeTensor, "__setitem__", lambda tensor, key, value: copy(place(tensor, key), value))
     monkeypatch.setattr(FakeTensor, "copy_", copy)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: None)
-    monkeypatch.setattr(functional, "sent_to", lambda device, tensor: torch.empty_like(tensor, device=device))
+    monkeypatch.setattr(functional, "on_device", lambda tensor, device: torch.empty_like(tensor, device=device))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
