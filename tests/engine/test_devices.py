@@ -4,12 +4,6 @@ Tensors of PyTorch's fake mode refuse to meet tensors of another device, and to 
 that passes here mixes no devices and waits for nothing.
 """
 
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +21,7 @@ from lightning_embcomp.engine.statistics import RowUtility
 from lightning_embcomp.kernels.route import watch
 from lightning_embcomp.kernels.types import IdRoutes
 from lightning_embcomp.kernels.update import update_rows
+from tests.triton_process import run_interpreted
 
 from .engines import KINDS, TABLES, batch, make_engine, random_codes
 
@@ -89,21 +84,8 @@ def test_a_training_step_stays_on_its_device_and_does_not_wait(
 
 
 def test_training_through_the_kernels_of_a_gpu_equals_that_of_the_cpu() -> None:
-    """By Triton's interpreter, in a process of its own: Triton reads its setting when it is imported."""
-    pytest.importorskip("triton")
-    if version("triton") < "3.7" and version("numpy") >= "2.4":
-        pytest.skip("the interpreter of Triton 3.6 and older fails with NumPy 2.4")
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.engine.interpreted"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    differences = json.loads(done.stdout)
+    """By Triton's interpreter."""
+    differences = run_interpreted("tests.engine.interpreted")
     assert len(differences) == 5
     for name, (rows, utilities) in differences.items():
         assert rows < 1e-5, name

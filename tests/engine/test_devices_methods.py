@@ -3,11 +3,6 @@
 Fits are equal to those on the CPU, no operation mixes devices, and between events the host waits for nothing.
 """
 
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +22,7 @@ from lightning_embcomp.kernels.count import row_gains
 from lightning_embcomp.methods.mpe.module import RowQuantizer
 from tests.pretend import GPU, PretendGPU, pretended_gpu
 from tests.pretended_fits import CASES, EVENTS, fit, scaled_on_cpu, states
+from tests.triton_process import run_interpreted
 
 from .engines import batch, make_engine, random_codes
 from .test_devices import far_away  # noqa: F401 - a fixture
@@ -125,21 +121,8 @@ def test_steps_that_are_skipped_leave_no_trace() -> None:
 
 
 def test_training_through_the_kernels_of_a_gpu_equals_that_of_the_cpu() -> None:
-    """By Triton's interpreter, in a process of its own: Triton reads its setting when it is imported."""
-    pytest.importorskip("triton")
-    if version("triton") < "3.7" and version("numpy") >= "2.4":
-        pytest.skip("the interpreter of Triton 3.6 and older fails with NumPy 2.4")
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.engine.interpreted_methods"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    differences = json.loads(done.stdout)
+    """By Triton's interpreter."""
+    differences = run_interpreted("tests.engine.interpreted_methods")
     assert len(differences) == 5
     for name, difference in differences.items():
         assert difference < 1e-5, name

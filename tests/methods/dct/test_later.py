@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +22,7 @@ from lightning_embcomp.methods.dct.functional import (
     threshold_on_device,
 )
 from lightning_embcomp.methods.dct.wire import decode, encode, shared_exponent
+from tests.triton_process import run_interpreted
 
 from .later import KINDS, SETTINGS, compare, parameter
 
@@ -43,21 +38,8 @@ def test_two_halves_are_one_selection(kind: str, name: str) -> None:
 
 
 def test_kernels_of_a_gpu_select_what_the_cpu_does() -> None:
-    """20 steps by Triton's interpreter, in a process of its own: Triton reads its setting when it is imported."""
-    pytest.importorskip("triton")
-    if version("triton") < "3.7" and version("numpy") >= "2.4":
-        pytest.skip("the interpreter of Triton 3.6 and older fails with NumPy 2.4")
-    root = Path(__file__).resolve().parents[3]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.methods.dct.interpreted"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert all(json.loads(done.stdout.splitlines()[-1]).values())
+    """20 steps by Triton's interpreter."""
+    assert all(run_interpreted("tests.methods.dct.interpreted").values())
 
 
 @pytest.mark.parametrize("wanted", [1, 333, 2000, 20_000])
