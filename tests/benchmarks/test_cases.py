@@ -1,6 +1,7 @@
 """Every case of the Pareto plots trains, and is as small as it says."""
 
 import pytest
+import torch
 
 from benchmarks.pareto import BestForms
 from benchmarks.peers.cases import ADAGRAD, ADAM, COUNTED, METHODS, Task, make
@@ -15,6 +16,7 @@ LOG = SyntheticClickLog(num_rows=1_200, num_embeddings=(30, 4_000), num_dense=2,
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_cases_train_and_are_as_small_as_asked_for(method: str) -> None:
+    torch.manual_seed(0)  # how closely six steps meet a size depends on the draw
     data = SyntheticClickLogDataModule(LOG, batch_size=120)
     rates = {ADAGRAD: 0.1, COUNTED: 64.0, ADAM: 0.03}
     task = Task(features=feature_records(data.features), num_dense=2, steps=6, rates=rates, search=1)
